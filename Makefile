@@ -1,0 +1,50 @@
+# Every target that needs it does the set-up first; a second call finds it done.
+#   make demo PROVIDER=tcp ARGS="--layers 8"        make test ARGS="-k death -x"
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+ARGS ?=
+PROVIDER ?=
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHON
+
+C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h)
+PY_FILES = fabric kvtransfer tests examples
+
+.PHONY: help setup demo test ctest lint format wheel clean distclean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## Debian packages, .venv, native build (once)
+	@scripts/setup
+
+demo: setup ## prefill in one process, decode in another (PROVIDER=local|tcp, ARGS="...")
+	@.venv/bin/python examples/pd_demo.py $(if $(PROVIDER),--provider $(PROVIDER)) $(ARGS)
+
+test: setup ## pytest against the editable install (ARGS="...")
+	@.venv/bin/python -m pytest $(ARGS)
+
+ctest: setup ## C tests; PRESET=dev, asan or tsan
+	@scripts/ctest $(or $(PRESET),dev)
+
+lint: setup ## ruff, mypy, clang-format
+	@scripts/lint
+
+format: setup ## format Python and C
+	@ruff format $(PY_FILES)
+	@ruff check --fix-only --quiet $(PY_FILES)
+	@clang-format -i $(C_FILES)
+
+wheel: setup ## a wheel in dist/
+	@.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what was built
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find fabric kvtransfer tests examples -name __pycache__ -prune -exec rm -rf {} +
+	@rm -f .venv/.complete
+
+distclean: clean ## and the virtual environment
+	@rm -rf .venv

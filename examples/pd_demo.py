@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Prefill in one process, decode in another, the KV cache moved by one-sided writes.
+
+Runs a small Llama with seeded weights: the prefill process writes each layer's KV pages into the
+decode process as soon as they exist, the decode process waits on a counter and generates, and this
+process checks that the tokens equal those of an undivided run. Exit status: 0 equal, 1 not equal
+or failed, 2 wrong arguments, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).resolve().parent
+
+NEEDED = ("fabric", "kvtransfer", "torch", "transformers", "matplotlib", "msgpack", "numpy")
+
+#: Seconds until a silent worker counts as stuck.
+PATIENCE = 90.0
+
+Event = dict[str, Any]
+
+
+class DemoError(Exception):
+    """The demo could not run; the text says why."""
+
+
+class Worker:
+    """One worker process and its JSON lines."""
+
+    def __init__(self, role: str, options: str) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        self.role = role
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "_pd_roles.py"), role, options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def tell(self, **command: object) -> None:
+        """Send one command."""
+        pipe = _pipe(self._process.stdin)
+        pipe.write(json.dumps(command) + "\n")
+        pipe.flush()
+
+    def expect(self, kind: str) -> Event:
+        """The next event, which must be of this kind.
+
+        Raises:
+            DemoError: it failed, died, or said nothing for `PATIENCE` seconds.
+        """
+        try:
+            event = self._events.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise DemoError(f"{self.role}: nothing happened for {PATIENCE:.0f} s") from None
+        if event["event"] == kind:
+            return event
+        raise DemoError(f"{self.role}: {event['text']}")
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def leave(self) -> None:
+        """Let the process close its engine and end."""
+        self.tell(leave=True)
+        self.expect("bye")
+        self._process.wait(10)
+
+    def _read(self) -> None:
+        for line in _pipe(self._process.stdout):
+            self._events.put(json.loads(line))
+        self._events.put({"event": "end", "text": f"ended, status {self._process.wait()}"})
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="pd_demo.py", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("--provider", choices=("local", "tcp"), default="local")
+    parser.add_argument("--layers", type=_number(1, 64), default=8, metavar="N")
+    parser.add_argument("--prompt-tokens", type=_number(1, 8192), default=1024, metavar="N")
+    parser.add_argument(
+        "--requests", type=_number(1, 64), default=1, metavar="N", help="concurrent requests"
+    )
+    parser.add_argument("--new-tokens", type=_number(2, 1024), default=24, metavar="N")
+    parser.add_argument("--seed", type=_number(0, 2**31 - 1), default=1, metavar="N")
+    parser.add_argument("--timeline", type=Path, default=Path("pd_demo.png"), metavar="FILE.png")
+    parser.add_argument(
+        "--corrupt",
+        action="store_true",
+        help="flip the signs of one layer's V before it is sent: the check must fail",
+    )
+    options = parser.parse_args(arguments)
+    if options.timeline.suffix != ".png":
+        parser.error(f"argument --timeline: {options.timeline} does not end in .png")
+    if not options.timeline.resolve().parent.is_dir():
+        parser.error(f"argument --timeline: {options.timeline.parent} is not a folder")
+    return options
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return int(text)
+
+    return number
+
+
+def workload(options: argparse.Namespace) -> dict[str, int]:
+    """The options that all processes share."""
+    names = ("layers", "prompt_tokens", "requests", "new_tokens", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def run(options: argparse.Namespace, workers: list[Worker]) -> list[Event]:
+    """Run the two processes. Appends to `workers` what it starts; returns one event a request."""
+    shared = {
+        "provider": options.provider,
+        "corrupt": options.corrupt,
+        "workload": workload(options),
+    }
+    workers += [Worker(role, json.dumps(shared)) for role in ("prefill", "decode")]
+    prefill, decode = workers
+    import _pd_report  # noqa: F401  (with torch behind it; the workers take as long meanwhile)
+
+    address = prefill.expect("ready")["address"]
+    decode.expect("ready")
+    decode.tell(prefiller=address)
+    seen: list[Event] = [{} for _ in range(options.requests)]
+    for worker, kind in ((decode, "decoded"), (prefill, "prefilled")):
+        for _ in seen:
+            event = worker.expect(kind)
+            seen[event["request"]] |= event
+    decode.leave()
+    prefill.leave()
+    return seen
+
+
+def report(options: argparse.Namespace, events: list[Event], started: float) -> int:
+    """Compare with the undivided run, print, save the picture. Returns the exit status."""
+    from _pd_model import Workload, undivided
+    from _pd_report import EQUAL, Run, draw, print_runs, print_totals, verdict
+
+    shape = Workload(**workload(options))
+    model = shape.model()
+    expected = [undivided(model, prompt, options.new_tokens) for prompt in shape.prompts()]
+    names = [field.name for field in dataclasses.fields(Run)]
+    runs = [Run(**{name: event[name] for name in names}) for event in events]
+    print_runs(runs, expected)
+    print()
+    print_totals(runs)
+    draw(runs, f"prefill -> decode, {described(options)}", options.timeline)
+    print(f"timeline     {options.timeline}\n")
+    wrong = [i for i, run in enumerate(runs) if verdict(run, expected[i]) != EQUAL]
+    if wrong:
+        print(f"FAILED: not as in the undivided run: request {', '.join(map(str, wrong))}.")
+        return 1
+    print(f"OK: all tokens equal the undivided run's. {time.monotonic() - started:.1f} s in all.")
+    return 0
+
+
+def described(options: argparse.Namespace) -> str:
+    """The options in words."""
+    requests = f"{options.requests} request{'s' if options.requests > 1 else ''}"
+    return (
+        f"{options.provider}: {options.layers} layers, {requests} of up to "
+        f"{options.prompt_tokens} tokens, seed {options.seed}"
+        f"{', CORRUPTED on purpose' if options.corrupt else ''}"
+    )
+
+
+def main() -> int:
+    options = parse()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"pd_demo.py: not installed: {', '.join(missing)}; run make demo", file=sys.stderr)
+        return 1
+    print(f"prefill -> decode, {described(options)}\n", flush=True)
+    workers: list[Worker] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started = time.monotonic()
+    try:
+        return report(options, run(options, workers), started)
+    except DemoError as error:
+        print(f"pd_demo.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\npd_demo.py: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

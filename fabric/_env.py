@@ -1,0 +1,45 @@
+"""The one registry of environment variables, printed by ``fabric info --env``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that the library reads, in C or in Python."""
+
+    name: str
+    default: str
+    meaning: str
+
+    @property
+    def value(self) -> str | None:
+        """What it is set to; None when it is not set."""
+        return os.environ.get(self.name)
+
+
+PROVIDER = Variable(
+    "FABRIC_PROVIDER",
+    "auto",
+    'provider that engines opened with provider="auto" use, or a list such as local,tcp',
+)
+
+VARIABLES = (
+    PROVIDER,
+    Variable("FABRIC_LIBFABRIC", "libfabric.so.1", "path of the libfabric to load"),
+    Variable("FABRIC_LIBIBVERBS", "libibverbs.so.1", "path of the libibverbs to load"),
+    Variable("FABRIC_LOG_LEVEL", "warn", "log lines of the C core: error, warn, info or debug"),
+    Variable("FABRIC_LOG_FILE", "standard error", "file that those lines are appended to"),
+    Variable(
+        "FABRIC_LOCAL_PULL",
+        "auto",
+        "how `local` copies out of foreign memory: vm (process_vm_readv) or staging",
+    ),
+    Variable(
+        "FABRIC_EFA_ALLOW_EMULATED",
+        "0",
+        "1: use EFA devices without RDMA write, whose writes are copied by the target's CPU",
+    ),
+)

@@ -1,0 +1,479 @@
+"""The side that asks for KV pages and counts their arrival."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fabric import (
+    Address,
+    CounterVoid,
+    EngineClosed,
+    FabricError,
+    InvalidArgument,
+    PeerUnreachable,
+    WaitTimeout,
+    WireError,
+)
+
+from . import _answers
+from ._tails import check_region, tail_pool, tail_stride
+from .errors import KvTransferError, PoolExhausted, RequestCancelled, RequestFailed, RequestRefused
+from .plan import expected_ranges
+from .request import ID_BYTES, Request
+
+if TYPE_CHECKING:
+    from fabric import ImmCounter, Transfer, TransferEngine
+
+    from .layout import KvLayout
+    from .pool import PagePool
+
+log = logging.getLogger(__name__)
+
+#: How often a waiter looks whether the prefiller answered instead of writing.
+SLICE_SECONDS = 0.02
+
+#: How long the message thread sleeps before it looks whether it should end.
+IDLE_SECONDS = 0.2
+
+
+class _State(enum.Enum):
+    WAITING = enum.auto()  # the prefiller writes
+    ARRIVED = enum.auto()  # every byte is there; the pages are the caller's until release()
+    GIVEN_UP = enum.auto()  # nobody waits, but writes may still land: quarantined
+    OVER = enum.auto()  # the pages are free again
+
+
+class Arrival:
+    """One request under way. Made by `Decoder.submit`; use it as a context manager.
+
+    Its pages return to the pool when no write can reach them any more: after `release` of what
+    has arrived, after the prefiller said that it has drained, or after it was fenced.
+
+    Attributes:
+        request: what was sent.
+        pages: pages of the decoder's region that the request fills, in token order.
+        expected: ranges that the counter waits for.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prefiller: Address,
+        request: Request,
+        counter: ImmCounter,
+        slot: tuple[int, ...],
+    ) -> None:
+        self.prefiller = prefiller
+        self.request = request
+        self.pages = request.pages
+        self.expected = expected_ranges(request)
+        self._decoder = decoder
+        self._counter = counter
+        self._slot = slot
+        self._sent: Transfer | None = None
+        self._deadline = time.monotonic() + request.budget_ms / 1000
+        self._state = _State.WAITING
+        self._error: FabricError | None = None
+        self._over = threading.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Arrival {self.request.id.hex()[:8]} [{self._state.name.lower()}, "
+            f"{len(self.pages)} pages]>"
+        )
+
+    def __enter__(self) -> Arrival:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._state is _State.WAITING:
+            self.cancel()
+        elif self._state is _State.ARRIVED:
+            self.release()
+
+    @property
+    def tail(self) -> memoryview:
+        """The tail's bytes, in place. Gone after `release`.
+
+        Raises:
+            InvalidArgument: nothing has arrived, or it was released.
+        """
+        if self._state is not _State.ARRIVED:
+            raise InvalidArgument(f"tail: {self!r}")
+        return self._decoder._tail(self._slot, self.request.tail_bytes)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until every byte has arrived.
+
+        Args:
+            timeout: seconds; the rest of the request's time by default.
+
+        Raises:
+            WaitTimeout: not yet. The prefiller may still write: wait again, or cancel.
+            RequestRefused, RequestFailed, RequestCancelled: it never will, and the pages are free.
+            FencePending, FenceUnsupported: the prefiller is gone, but its writes may still land.
+                The pages are in quarantine; `Decoder.fence` tries again.
+        """
+        end = self._end(timeout)
+        while not self._has_arrived():
+            pause = self._pause(end)
+            try:
+                self._counter.wait(self.expected, timeout=pause, peers=[self.prefiller])
+                self._arrive()
+            except FabricError as error:
+                if self._is_gone(error):
+                    self._decoder.fence(self.prefiller)
+                elif isinstance(error, CounterVoid):
+                    self._over.wait(pause)
+
+    async def arrived(self, timeout: float | None = None) -> None:
+        """Like `wait`, for asyncio."""
+        end = self._end(timeout)
+        while not self._has_arrived():
+            pause = self._pause(end)
+            try:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._counter.reached(self.expected), pause)
+                self._counter.wait(self.expected, timeout=0, peers=[self.prefiller])
+                self._arrive()
+            except FabricError as error:
+                if self._is_gone(error):
+                    await asyncio.to_thread(self._decoder.fence, self.prefiller)
+                elif isinstance(error, CounterVoid):
+                    await asyncio.sleep(pause)
+
+    def cancel(self, timeout: float = 5.0) -> None:
+        """Withdraw the request and wait until nothing of it can land any more.
+
+        Returns when the prefiller acknowledged that it has drained, or was fenced, or when
+        everything has arrived in the meantime. The pages are free then.
+
+        Args:
+            timeout: seconds to wait for that.
+
+        Raises:
+            WaitTimeout: the prefiller is there but did not answer. The pages are in quarantine
+                until it does, or until `Decoder.fence`.
+            FencePending, FenceUnsupported: as from `wait`.
+        """
+        self._decoder._cancel(self)
+        end = time.monotonic() + timeout
+        while not self._over.is_set():
+            pause = min(SLICE_SECONDS, end - time.monotonic())
+            if pause <= 0:
+                self._decoder._give_up(self)
+                raise WaitTimeout(f"no answer to the cancellation in {timeout} s: {self!r}")
+            try:
+                self._counter.wait(self.expected, timeout=pause, peers=[self.prefiller])
+                self._decoder._finish(self, None)
+            except FabricError as error:
+                if self._is_gone(error):
+                    self._decoder.fence(self.prefiller)
+                elif isinstance(error, CounterVoid):
+                    self._over.wait(pause)
+
+    def release(self) -> None:
+        """Give back the pages of what has arrived.
+
+        Raises:
+            InvalidArgument: it has not, or was released before.
+        """
+        if self._state is not _State.ARRIVED:
+            raise InvalidArgument(f"release: {self!r}")
+        self._decoder._finish(self, None)
+
+    def _end(self, timeout: float | None) -> float:
+        return self._deadline if timeout is None else time.monotonic() + timeout
+
+    def _has_arrived(self) -> bool:
+        if self._state is _State.ARRIVED:
+            return True
+        if self._state is not _State.WAITING:
+            raise self._error or RequestCancelled(f"{self!r} was let go of")
+        return False
+
+    def _pause(self, end: float) -> float:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise WaitTimeout(f"{self._counter.value} of {self.expected} ranges: {self!r}")
+        return min(SLICE_SECONDS, left)
+
+    def _is_complete(self) -> bool:
+        with contextlib.suppress(FabricError):
+            self._counter.wait(self.expected, timeout=0)
+            self._arrive()
+        return self._state is _State.ARRIVED
+
+    def _arrive(self) -> None:
+        with self._decoder._lock:
+            if self._state is _State.WAITING:
+                self._state = _State.ARRIVED
+
+    def _is_gone(self, error: FabricError) -> bool:
+        """Whether a wait ended because there is no prefiller. Other errors than those that only
+        mean "look again" are raised."""
+        if self._over.is_set() or isinstance(error, CounterVoid):
+            return False
+        if isinstance(error, PeerUnreachable):
+            return True
+        if not isinstance(error, WaitTimeout):
+            raise error
+        return self._sent is not None and self._sent.done() and _failed(self._sent)
+
+
+class Decoder:
+    """Asks prefillers for KV pages.
+
+    The engine's messages belong to the decoder: nobody else may call ``engine.recv``. Any thread
+    may call any method.
+
+    Args:
+        engine: an open engine, which must outlive the decoder.
+        layout: how the pages lie; the prefiller's must be the same.
+        pool: pages to fill, and the region that holds them.
+        model: fingerprint of model and weights; the prefiller's must be the same.
+        tail_bytes: length of the tail that follows the pages; 0 for none.
+        max_requests: requests under way or arrived and not released, together.
+
+    Raises:
+        InvalidArgument: the pool's region is too small for its pages.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        layout: KvLayout,
+        pool: PagePool,
+        *,
+        model: str = "",
+        tail_bytes: int = 0,
+        max_requests: int = 64,
+    ) -> None:
+        check_region(layout, pool)
+        self.engine = engine
+        self.layout = layout
+        self.pool = pool
+        self.model = model
+        self.tail_bytes = tail_bytes
+        self._tails = tail_pool(engine, tail_bytes, max_requests)
+        self._max_requests = max_requests
+        self._lock = threading.RLock()
+        self._arrivals: dict[bytes, Arrival] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="kv-decoder", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Decoder [{len(self._arrivals)} requests, {self.pool!r}]>"
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        prefiller: Address,
+        prompt: Sequence[int] = (),
+        *,
+        payload: bytes = b"",
+        pages: int | None = None,
+        timeout: float = 30.0,
+    ) -> Arrival:
+        """Ask for the KV pages of a prompt. Does not wait for them.
+
+        Args:
+            prefiller: address of its engine.
+            prompt: token ids.
+            payload: bytes for the prefiller's application, opaque here.
+            pages: how many pages to fill; as many as the prompt needs by default.
+            timeout: seconds that the prefiller may take, and the default of ``Arrival.wait``.
+
+        Raises:
+            PoolExhausted: not enough free pages, or `max_requests` are under way.
+            InvalidArgument: a field is out of its bounds, or the request is too large.
+        """
+        count = self.layout.pages_for(len(prompt)) if pages is None else pages
+        with self._lock:
+            if self._closing.is_set():
+                raise EngineClosed("the decoder is closed")
+            if len(self._arrivals) >= self._max_requests:
+                raise PoolExhausted(f"{len(self._arrivals)} requests are under way")
+            arrival = self._prepare(prefiller, prompt, payload, count, timeout)
+        try:
+            arrival._sent = self.engine.send(prefiller, arrival.request.to_bytes())
+        except BaseException:
+            self._finish(arrival, None)  # never sent, so nobody writes
+            raise
+        return arrival
+
+    def fence(self, prefiller: Address) -> None:
+        """End the session with a prefiller and free the pages of all requests to it.
+
+        Needed where it is alive but does not answer; done by itself where it is gone.
+
+        Raises:
+            FencePending, FenceUnsupported: its writes may still land. The pages are in
+                quarantine; try again.
+        """
+        with self._lock:
+            fenced = [a for a in self._arrivals.values() if a.prefiller == prefiller]
+        try:
+            self.engine.disconnect(prefiller)
+        except FabricError as error:
+            for arrival in fenced:
+                self._give_up(arrival, error)
+            raise
+        for arrival in fenced:
+            if not arrival._is_complete():
+                self._finish(arrival, RequestFailed("the prefiller is gone, and fenced"))
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Cancel what is under way and stop.
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            WaitTimeout: a prefiller did not answer; its pages stay in quarantine.
+        """
+        end = time.monotonic() + timeout
+        with self._lock:
+            open_ = [a for a in self._arrivals.values() if a._state is not _State.ARRIVED]
+        for arrival in open_:
+            self._cancel(arrival)
+        try:
+            for arrival in open_:
+                arrival.cancel(max(SLICE_SECONDS, end - time.monotonic()))
+        finally:
+            self._closing.set()
+            self._thread.join()
+            if self._tails is not None:
+                self.engine.deregister(self._tails.region)
+                self._tails = None
+
+    def _prepare(
+        self,
+        prefiller: Address,
+        prompt: Sequence[int],
+        payload: bytes,
+        count: int,
+        timeout: float,
+    ) -> Arrival:
+        with contextlib.ExitStack() as undo:
+            pages = self.pool.take(count)
+            undo.callback(self.pool.give_back, pages)
+            slot = () if self._tails is None else self._tails.take(1)
+            if self._tails is not None:
+                undo.callback(self._tails.give_back, slot)
+            counter = self.engine.counter()
+            undo.callback(counter.close)
+            request = Request(
+                id=secrets.token_bytes(ID_BYTES),
+                model=self.model,
+                layout=self.layout,
+                decoder=self.engine.address,
+                kv=self.pool.region.descriptor,
+                capacity=self.pool.capacity,
+                pages=pages,
+                counter=counter.id,
+                tail=None if self._tails is None else self._tails.region.descriptor,
+                tail_offset=slot[0] * tail_stride(self.tail_bytes) if slot else 0,
+                tail_bytes=self.tail_bytes,
+                prompt=tuple(prompt),
+                payload=payload,
+                budget_ms=max(1, round(timeout * 1000)),
+            )
+            arrival = Arrival(self, prefiller, request, counter, slot)
+            self._arrivals[request.id] = arrival
+            undo.pop_all()
+        return arrival
+
+    def _tail(self, slot: tuple[int, ...], size: int) -> memoryview:
+        if self._tails is None:
+            return memoryview(b"")
+        start = slot[0] * tail_stride(size)
+        return memoryview(self._tails.region.numpy()[start : start + size]).toreadonly()
+
+    def _listen(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sender, raw = self.engine.recv(timeout=IDLE_SECONDS)
+            except WaitTimeout:
+                continue
+            except EngineClosed:
+                return
+            try:
+                message = _answers.decode(raw)
+            except WireError as error:
+                log.warning("malformed message from %s: %s", sender, error)
+                continue
+            if isinstance(message, _answers.Ended):
+                self._take(message)
+            else:
+                log.warning("a prefiller's address sent us a request: %s", sender)
+
+    def _take(self, message: _answers.Ended) -> None:
+        arrival = self._arrivals.get(message.id)
+        if arrival is None or arrival._state is _State.ARRIVED:
+            return  # late: everything was there, or was let go of
+        log.info("%r: %s: %s", arrival, message.kind, message.reason)
+        error: KvTransferError
+        if message.kind == "refused":
+            error = RequestRefused(message.field, message.reason)
+        elif message.kind == "cancelled":
+            error = RequestCancelled(message.reason)
+        else:
+            error = RequestFailed(message.reason)
+        self._finish(arrival, error)
+
+    def _cancel(self, arrival: Arrival) -> None:
+        """Send the cancellation. Where that fails, waiting for the answer finds out why."""
+        if arrival._state is _State.ARRIVED:
+            raise InvalidArgument(f"cancel: {arrival!r}")
+        if arrival._state is not _State.OVER:
+            with contextlib.suppress(PeerUnreachable):
+                raw = _answers.encode(_answers.Cancel(arrival.request.id))
+                arrival._sent = self.engine.send(arrival.prefiller, raw)
+
+    def _give_up(self, arrival: Arrival, error: FabricError | None = None) -> None:
+        """Nobody waits any more, but writes may still land."""
+        with self._lock:
+            if arrival._state is _State.WAITING:
+                arrival._state = _State.GIVEN_UP
+                arrival._error = error
+                self.pool.quarantine(arrival.pages)
+                if self._tails is not None:
+                    self._tails.quarantine(arrival._slot)
+
+    def _finish(self, arrival: Arrival, error: FabricError | None) -> None:
+        """Free the pages: nothing can land in them any more, and the caller is done with them."""
+        with self._lock:
+            state, arrival._state = arrival._state, _State.OVER
+            if state is _State.OVER:
+                return
+            del self._arrivals[arrival.request.id]
+            arrival._error = error
+            quarantined = state is _State.GIVEN_UP
+            (self.pool.restore if quarantined else self.pool.give_back)(arrival.pages)
+            if self._tails is not None:
+                (self._tails.restore if quarantined else self._tails.give_back)(arrival._slot)
+            arrival._over.set()  # before the counter goes: its waiters look here
+            arrival._counter.close()
+
+
+def _failed(transfer: Transfer) -> bool:
+    try:
+        transfer.wait(0)
+    except FabricError:
+        return True
+    return False

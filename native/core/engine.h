@@ -1,0 +1,364 @@
+/* The engine's own data, shared by the files of core/.
+ *
+ * Locking. `lock` is the progress lock: whoever holds it may change anything here. Fields marked
+ * _Atomic are also read without it. Sink functions and everything called by fab_turn() run with it
+ * held; functions named in fabric_abi.h are called without it. No other lock is ever taken while
+ * it is held, save those of libc and of the provider's own library.
+ */
+#ifndef FAB_ENGINE_H
+#define FAB_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fabric.h"
+#include "frame.h"
+#include "log.h"
+#include "providers/provider.h"
+#include "slots.h"
+
+#define NS_PER_US INT64_C(1000)
+#define NS_PER_MS INT64_C(1000000)
+#define NS_PER_S INT64_C(1000000000)
+
+#define FAB_COMMANDS 32768          /* twice the transfers: a start and a cancel of each */
+#define FAB_COMMANDS_PER_TURN 64
+#define FAB_EVENTS_PER_TURN 64
+#define FAB_CHAIN 32                /* work requests of one doorbell */
+#define FAB_POST_PER_PEER 128       /* work requests one peer may post in a turn */
+#define FAB_POST_LOOK 16            /* transfers looked at behind one that must wait */
+#define FAB_TICK_NS (10 * NS_PER_MS)
+#define FAB_NAP_NS (500 * NS_PER_US)
+#define FAB_HELLO_EVERY_NS (100 * NS_PER_MS)
+#define FAB_GRANTS_ASKED 4          /* GRANT_REQ of one session without an answer */
+#define FAB_VOIDS_PENDING 1024      /* ids of one peer still to be told void */
+#define FAB_VOIDS_PER_FRAME 256
+#define FAB_MESSAGES_QUEUED 256     /* of one peer, not yet wholly sent */
+#define FAB_NEWCOMERS 64            /* waiting for the application's word */
+#define FAB_BARRED 65536            /* incarnations refused; the oldest are forgotten */
+#define FAB_NO_WATCH UINT32_MAX
+
+struct fab_engine;
+struct fab_peer;
+struct fab_peer_set;
+struct fab_grant;
+struct fab_transfer;
+
+/* A doubly linked list of transfers. */
+struct fab_list {
+    struct fab_transfer *head, *tail;
+    uint32_t count;
+};
+
+/* ---- counters ---- */
+enum { FAB_CELL_OPEN = 1, FAB_CELL_VOID = 2, FAB_CELL_USED = 4 };
+
+struct fab_cell {
+    _Atomic uint64_t sum; /* ranges x 720720 */
+    _Atomic uint32_t flags;
+    uint32_t id;     /* of a user cell; generation of an engine cell */
+    uint32_t opens;  /* counters that are open on it */
+    uint32_t watch;  /* first watch, or FAB_NO_WATCH */
+    uint32_t early;  /* user cell nobody opened yet: index + 1 of the peer charged for it */
+    uint32_t next;   /* hash chain or free list of user cells, index + 1 */
+};
+
+struct fab_counter {
+    struct fab_slot slot;
+    uint32_t first; /* cell; engine's cells come first, then the users' */
+    uint32_t count;
+    uint32_t id;
+};
+
+/* ---- memory ---- */
+struct fab_region {
+    struct fab_slot slot;
+    uint8_t *base;
+    uint64_t length;
+    uint64_t mapped;  /* bytes to unmap; 0: not ours */
+    uint64_t secret;
+    int kind, device;
+    int memfd;
+    struct fab_region *origin; /* whose memory an alias shows */
+    uint32_t aliases;
+    uint8_t only[FAB_ENGINE_ID_BYTES]; /* alias: the one engine it is granted to */
+    bool restricted;
+    _Atomic bool closing;
+    _Atomic uint32_t busy; /* transfers that read from it */
+    struct fab_mr *mrs[FAB_MAX_NICS];
+    fab_key keys[FAB_MAX_NICS];
+    uint64_t holders[FAB_MAX_PEERS / 64];
+    uint64_t ask[FAB_MAX_PEERS / 64];      /* holders to be asked to stop */
+    uint64_t quiet[FAB_MAX_PEERS / 64];    /* holders that have not said that they stopped */
+};
+
+/* What one peer granted us of one of its regions. */
+enum fab_grant_state { FAB_G_NEW, FAB_G_ASKED, FAB_G_HELD, FAB_G_REFUSED, FAB_G_REVOKED };
+
+struct fab_grant {
+    struct fab_grant *next; /* of the same peer */
+    struct fab_peer *peer;
+    uint64_t region, secret;
+    uint64_t length;
+    enum fab_grant_state state;
+    int code;
+    bool due_quiesced; /* the owner waits for our QUIESCED */
+    struct fab_remote *remote;
+    uint32_t users;       /* fab_import entries */
+    uint32_t outstanding; /* transfers that may have work requests towards it */
+};
+
+/* An imported descriptor. */
+struct fab_import {
+    struct fab_slot slot;
+    struct fab_peer *peer;
+    struct fab_grant *grant;
+    uint64_t offset, length;
+    int kind, device;
+    uint32_t key_count;
+    fab_key *keys;
+};
+
+/* ---- transfers ---- */
+enum fab_transfer_kind { FAB_K_WRITE, FAB_K_PAGES, FAB_K_IMM, FAB_K_MESSAGE, FAB_K_GROUP };
+
+struct fab_share {
+    uint64_t begin, end; /* bytes of the range, or pages */
+    uint64_t total;      /* work requests in all */
+    uint64_t per_range;  /* of these, for one range */
+    uint64_t posted;
+    uint32_t outstanding;
+    uint32_t lane;
+};
+
+struct fab_transfer {
+    struct fab_slot slot;
+    _Atomic uint32_t state;
+    enum fab_transfer_kind kind;
+    _Atomic bool cancel_asked;
+    int code;
+    struct fab_transfer *parent;
+    uint32_t children;
+    struct fab_region *region;
+    struct fab_import *import;
+    struct fab_peer *peer;
+    struct fab_transfer *prev, *next;
+    struct fab_list *list;
+    uint64_t src, dst, length; /* offsets in the regions; length of one range */
+    uint64_t src_stride, dst_stride;
+    int32_t *pages; /* count source pages, then count destination pages */
+    uint64_t count; /* ranges */
+    int64_t imm, deadline;
+    uint64_t acknowledged;
+    uint32_t pieces_left; /* of the one range of a write */
+    uint32_t outstanding;
+    uint32_t shares_open; /* shares not wholly posted */
+    uint32_t share_count;
+    bool started, holds_grant;
+    uint32_t watch;
+    /* message */
+    uint8_t *bytes;
+    uint64_t sent;
+    uint32_t last_fragment;
+    struct fab_share shares[FAB_MAX_LANES];
+    char nic[FAB_NAME_MAX];
+    char text[FAB_TEXT_MAX];
+};
+
+/* ---- peers ---- */
+struct fab_message {
+    struct fab_message *next;
+    struct fab_peer *peer; /* referenced */
+    uint64_t session;
+    uint32_t length, fragments;
+    uint8_t bytes[];
+};
+
+struct fab_fragment {
+    uint32_t number, total, offset, length;
+    bool held;
+    uint8_t bytes[FAB_FRAGMENT_MAX];
+};
+
+struct fab_peer {
+    struct fab_slot slot;
+    struct fab_engine *engine;
+    uint8_t id[FAB_ENGINE_ID_BYTES];
+    char label[FAB_NAME_MAX];
+    uint32_t nic_count;
+    fab_nic_info *nics; /* its address; NULL: it came to us */
+
+    _Atomic uint32_t state;  /* FAB_P_* */
+    _Atomic uint32_t losses; /* sessions that were lost: waits compare */
+    _Atomic uint32_t waiters;
+    int code;
+    char text[FAB_TEXT_MAX];
+    _Atomic bool fence_stuck; /* FENCING, and not at once */
+    bool in_busy; /* on the engine's busy list */
+    struct fab_peer *busy_next;
+
+    /* session */
+    bool active;   /* we sent the HELLO */
+    bool welcomed; /* we accepted; the peer has not been heard since */
+    uint64_t mine, theirs;
+    uint8_t nonce[16], cookie[16];
+    bool has_cookie;
+    uint32_t kind_tried; /* bit mask of kinds that could not be reached */
+    int64_t deadline, next_hello, last_heard, last_ping;
+    const struct fab_provider *provider;
+    struct fab_lane *lanes[FAB_MAX_LANES];
+    uint32_t lane_nic[FAB_MAX_LANES]; /* the peer's NIC of each lane */
+    fab_key doorbells[FAB_MAX_LANES]; /* of that NIC */
+    uint32_t lane_outstanding[FAB_MAX_LANES];
+    uint32_t lane_count, lane_next;
+    bool ending; /* to be ended in the next turn */
+    bool no_fence;
+    int end_code;
+    char end_text[FAB_TEXT_MAX];
+
+    /* control frames that are due */
+    bool due_welcome, due_ready, due_ping, due_pong, due_ack, due_voided;
+    uint64_t pong_stamp;
+    uint32_t voided_number;
+    uint32_t void_number, void_count, void_sent; /* void_sent: ids in the unanswered frame */
+    uint32_t *voids;
+    struct {
+        uint64_t region, secret;
+    } asked[FAB_GRANTS_ASKED]; /* grants the peer waits for */
+    uint32_t asked_count;
+    uint32_t grants_open;      /* grants we wait for */
+    bool due_quiesce, due_quiesced; /* see fab_region.ask, fab_grant.due_quiesced */
+
+    struct fab_grant *grants;
+    struct fab_list queue;    /* not wholly posted */
+    struct fab_list inflight; /* wholly posted, not acknowledged */
+    uint64_t outstanding;
+
+    /* messages */
+    struct fab_list sending, sent;
+    uint32_t tx_next, tx_limit;            /* fragment numbers */
+    uint32_t rx_next, rx_taken, rx_limit;  /* in order so far; taken by the user; granted */
+    struct fab_message *rx_partial;
+    uint32_t rx_filled;
+    struct fab_fragment *rx_window; /* FAB_MESSAGE_FRAMES of them, for unordered lanes */
+
+    uint32_t early_ids;
+    bool early_overflow;
+    uint64_t tx_bytes, tx_ranges, tx_pieces, rx_imms, rx_frames, tx_frames;
+};
+
+/* ---- watches ---- */
+enum fab_watch_kind { FAB_W_FREE, FAB_W_TRANSFER, FAB_W_COUNTER, FAB_W_MESSAGE };
+
+struct fab_watch {
+    struct fab_slot slot;
+    enum fab_watch_kind kind;
+    struct fab_queue *queue;
+    uint64_t tag, target;
+    uint32_t cell;
+    struct fab_transfer *transfer;
+    uint32_t next, prev; /* in the list of what is watched, slot indices */
+    struct fab_peer_set *peers; /* whose loss ends the watch; NULL: none */
+};
+
+struct fab_queue {
+    struct fab_slot slot;
+    int fd;
+    _Atomic uint32_t armed;
+    bool closed;
+    uint32_t head, tail; /* under the progress lock; a watch posts once, so it cannot overflow */
+    fab_event *events;   /* FAB_MAX_WATCHES */
+};
+
+struct fab_pending { /* a HELLO that passed the checks */
+    int64_t token;
+    struct fab_nic *nic;
+    struct fab_origin *origin;
+    bool asking, shown; /* the application is to be asked; was handed the question */
+    int64_t deadline;
+    struct fab_hello hello;
+};
+
+enum fab_worker_state { FAB_AWAKE, FAB_NAPPING, FAB_SLEEPING };
+
+struct fab_engine {
+    pthread_mutex_t lock;
+    _Atomic uint32_t lock_wanted;
+    uint8_t id[FAB_ENGINE_ID_BYTES];
+    char label[FAB_NAME_MAX];
+    fab_engine_config config;
+    uint8_t secret[FAB_MAX_SECRET];
+    uint8_t cookie_key[32];
+    _Atomic bool closing, closed, forked;
+    _Atomic uint32_t calls; /* API calls under way */
+
+    struct fab_nic *nics[FAB_MAX_NICS];
+    uint32_t nic_count;
+    struct fab_mr *doorbell_mrs[FAB_MAX_NICS];
+    uint8_t *doorbell; /* one page */
+
+    struct fab_slots transfers, regions, imports, counters, peers, queues, watches;
+    struct fab_cell *cells; /* FAB_MAX_COUNTERS, then FAB_MAX_USER_IDS */
+    uint64_t cell_bits[FAB_MAX_COUNTERS / 64];
+    uint32_t cell_cursor;
+    uint32_t *user_heads; /* hash of user ids: cell index + 1 */
+    uint32_t user_free, user_touched;
+
+    /* commands: slot index << 1 | cancel, plus a sequence number for the ring */
+    struct fab_command {
+        _Atomic uint64_t turn;
+        uint64_t value;
+    } *commands;
+    _Atomic uint64_t command_tail;
+    uint64_t command_head;
+    _Atomic uint32_t commands_waiting;
+
+    struct fab_peer *busy; /* peers with something to do */
+    uint8_t (*barred)[FAB_ENGINE_ID_BYTES];
+    uint32_t barred_count, barred_next;
+
+    struct fab_message *inbox_head, *inbox_tail;
+    _Atomic uint32_t inbox_count;
+    uint32_t message_watch; /* first watch for messages */
+
+    struct fab_pending *newcomers;
+    uint32_t newcomer_count;
+    int64_t next_token;
+
+    int64_t now, next_tick;
+    uint32_t turns_since_clock;
+
+    /* worker and waiters */
+    pthread_t worker;
+    bool worker_runs;
+    int wake_fd;
+    _Atomic uint32_t worker_state;
+    bool armed;
+    _Atomic uint32_t helped;   /* a helper was here since the worker's last look */
+    _Atomic uint32_t helpers;
+    _Atomic uint32_t event_seq; /* futex: something changed */
+    _Atomic uint32_t sleepers;  /* waiters blocked on it */
+    bool dirty;                 /* something changed in this turn */
+    _Atomic bool stop;
+
+    fab_stats stats;
+    _Atomic uint64_t queue_full;
+    struct fab_engine *all_next; /* for fork */
+};
+
+static inline struct fab_peer *fab_lane_peer(const struct fab_lane *lane)
+{
+    return lane->peer;
+}
+
+/* API entry: every exported function that takes an engine begins and ends with these. */
+int fab_enter(struct fab_engine *e);
+void fab_leave(struct fab_engine *e);
+
+int64_t fab_now(void);
+int fab_random(void *out, size_t length);
+
+#endif

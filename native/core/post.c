@@ -1,0 +1,355 @@
+/* From ranges to work requests; the contract is in post.h. */
+#include "post.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "message.h"
+#include "peer.h"
+#include "remote.h"
+#include "session.h"
+#include "shard.h"
+#include "transfer.h"
+#include "worker.h"
+
+#define WR_LAST 1u /* this work request ends its piece of a range */
+
+static uint64_t make_wr_id(const struct fab_transfer *t, uint32_t share, bool last)
+{
+    return (uint64_t)t->slot.index << 16 | share << 8 | (last ? WR_LAST : 0);
+}
+
+/* ---- planning ---- */
+
+static void plan_share(struct fab_transfer *t, uint32_t i, struct fab_span span, uint32_t lane)
+{
+    struct fab_peer *p = t->peer;
+    uint64_t max = p->lanes[lane]->nic->info.max_write;
+    uint64_t bytes = t->kind == FAB_K_PAGES ? t->length : span.end - span.begin;
+    uint64_t ranges = t->kind == FAB_K_PAGES ? span.end - span.begin : 1;
+    uint64_t per_range = bytes > max ? (bytes + max - 1) / max : 1;
+    t->shares[i] = (struct fab_share){.begin = span.begin,
+                                      .end = span.end,
+                                      .per_range = per_range,
+                                      .total = per_range * ranges,
+                                      .lane = lane};
+}
+
+/* Cuts the transfer into shares, once, when the peer's lanes are known. The lanes take turns at
+ * being first, so that small transfers spread too. */
+static void plan(struct fab_transfer *t)
+{
+    struct fab_peer *p = t->peer;
+    uint32_t n = 1;
+    if (t->kind == FAB_K_WRITE)
+        n = fab_shard_pieces(t->length, p->lane_count);
+    else if (t->kind == FAB_K_PAGES)
+        n = t->count < p->lane_count ? (uint32_t)t->count : p->lane_count;
+    for (uint32_t i = 0; i < n; i++) {
+        struct fab_span span = {0, 0};
+        if (t->kind == FAB_K_WRITE)
+            span = fab_shard_bytes(t->length, i, n);
+        else if (t->kind == FAB_K_PAGES)
+            span = fab_shard_items(t->count, i, n);
+        plan_share(t, i, span, (p->lane_next + i) % p->lane_count);
+    }
+    p->lane_next = (p->lane_next + n) % p->lane_count;
+    t->share_count = t->shares_open = n;
+    t->pieces_left = n;
+    t->started = true;
+}
+
+static bool keys_reach(const struct fab_transfer *t)
+{
+    for (uint32_t i = 0; i < t->share_count; i++)
+        if (t->peer->lane_nic[t->shares[i].lane] >= t->import->key_count)
+            return false;
+    return true;
+}
+
+/* 1: may be posted; 0: waits for a grant; negative: will never be. */
+static int make_ready(struct fab_transfer *t, const char **why)
+{
+    if (t->started)
+        return 1;
+    if (t->length && t->import) {
+        int rc = fab_grant_ready(t->import->grant, why);
+        if (rc <= 0)
+            return rc;
+    }
+    plan(t);
+    if (!t->length || !t->import)
+        return 1;
+    if (!keys_reach(t)) {
+        *why = "the descriptor has no key for a NIC of its engine";
+        return FAB_E_FAILED;
+    }
+    fab_grant_begin(t->import->grant);
+    t->holds_grant = true;
+    return 1;
+}
+
+/* ---- building ---- */
+
+static void address_payload(const struct fab_transfer *t, const struct fab_share *s,
+                            struct fab_wr *wr, uint64_t n)
+{
+    const struct fab_peer *p = t->peer;
+    const struct fab_lane *lane = p->lanes[s->lane];
+    uint64_t max = lane->nic->info.max_write;
+    uint64_t offset = n % s->per_range * max, src = t->src, dst = t->dst, bytes = t->length;
+    if (t->kind == FAB_K_PAGES) {
+        uint64_t page = s->begin + n / s->per_range;
+        src += (uint64_t)t->pages[page] * t->src_stride;
+        dst += (uint64_t)t->pages[t->count + page] * t->dst_stride;
+    } else {
+        src += s->begin;
+        dst += s->begin;
+        bytes = s->end - s->begin;
+    }
+    const fab_key *key = &t->import->keys[p->lane_nic[s->lane]];
+    wr->src = t->region->base + src + offset;
+    wr->mr = t->region->mrs[lane->nic->index];
+    wr->remote = t->import->grant->remote;
+    wr->addr = key->addr + t->import->offset + dst + offset;
+    wr->rkey = key->rkey;
+    wr->length = bytes - offset < max ? bytes - offset : max;
+}
+
+static void build(const struct fab_transfer *t, uint32_t share, uint64_t n, struct fab_wr *wr)
+{
+    const struct fab_share *s = &t->shares[share];
+    bool last = n % s->per_range == s->per_range - 1;
+    *wr = (struct fab_wr){.wr_id = make_wr_id(t, share, last)};
+    if (t->length) {
+        address_payload(t, s, wr, n);
+    } else {
+        wr->addr = t->peer->doorbells[s->lane].addr;
+        wr->rkey = t->peer->doorbells[s->lane].rkey;
+    }
+    if (last && t->imm >= 0) {
+        uint32_t pieces = t->kind == FAB_K_WRITE ? t->share_count : 1;
+        wr->imm = (pieces - 1) << 28 | (uint32_t)t->imm;
+        wr->flags = FAB_WR_IMM;
+    }
+}
+
+/* How many work requests of the share may be posted now. */
+static uint32_t share_room(const struct fab_transfer *t, const struct fab_share *s, uint32_t budget)
+{
+    const struct fab_lane *lane = t->peer->lanes[s->lane];
+    uint32_t used = t->peer->lane_outstanding[s->lane];
+    uint32_t room = lane->window > used ? lane->window - used : 0;
+    uint64_t left = s->total - s->posted;
+    if (room > budget)
+        room = budget;
+    if (room > FAB_CHAIN)
+        room = FAB_CHAIN;
+    if (left < room)
+        room = (uint32_t)left;
+    if (room && !lane->nic->info.ordered && s->per_range > 1) {
+        /* Up to the last part of the range; that one goes alone, when the others are visible. */
+        uint64_t before_last = s->per_range - 1 - s->posted % s->per_range;
+        if (!before_last)
+            room = s->outstanding ? 0 : 1;
+        else if (before_last < room)
+            room = (uint32_t)before_last;
+    }
+    return room;
+}
+
+static void count_outstanding(struct fab_transfer *t, struct fab_share *s, int64_t by)
+{
+    t->outstanding = (uint32_t)(t->outstanding + by);
+    s->outstanding = (uint32_t)(s->outstanding + by);
+    t->peer->lane_outstanding[s->lane] = (uint32_t)(t->peer->lane_outstanding[s->lane] + by);
+    t->peer->outstanding = (uint64_t)((int64_t)t->peer->outstanding + by);
+}
+
+/* ---- posting ---- */
+
+/* One chain. Returns how many work requests were taken; *full is set when the lane takes no more
+ * for now. */
+static int post_chain(struct fab_transfer *t, uint32_t share, uint32_t budget, bool *full)
+{
+    struct fab_share *s = &t->shares[share];
+    struct fab_peer *p = t->peer;
+    struct fab_lane *lane = p->lanes[s->lane];
+    struct fab_wr wrs[FAB_CHAIN];
+    uint32_t n = share_room(t, s, budget);
+    if (!n) {
+        *full = true;
+        return 0;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        build(t, share, s->posted + i, &wrs[i]);
+    /* Counted before posting: completions may come from within post(). */
+    count_outstanding(t, s, n);
+    int taken = lane->nic->provider->post(lane, wrs, (int)n);
+    if (taken < 0) {
+        fab_text(t->nic, sizeof t->nic, "%s", lane->nic->info.name);
+        fab_session_doom(p, FAB_E_UNREACHABLE, fab_take_reason(taken));
+        taken = 0;
+    }
+    count_outstanding(t, s, -((int64_t)n - taken));
+    s->posted += (uint32_t)taken;
+    if (s->posted == s->total)
+        t->shares_open--;
+    if ((uint32_t)taken < n) {
+        *full = true;
+        fab_peer_busy(p); /* nothing may ever complete on this lane: look again next turn */
+    }
+    return taken;
+}
+
+static void check_done(struct fab_transfer *t)
+{
+    uint32_t state = atomic_load_explicit(&t->state, memory_order_relaxed);
+    if (t->outstanding)
+        return;
+    if (state == FAB_T_DRAINING)
+        fab_transfer_settle(t);
+    else if (state == FAB_T_RUNNING && t->started && !t->shares_open)
+        fab_transfer_done(t);
+}
+
+/* All that windows and budget allow of one transfer. */
+static int post_transfer(struct fab_transfer *t, uint32_t budget)
+{
+    uint32_t posted = 0;
+    fab_slot_ref(t); /* it may end while we look at it */
+    for (uint32_t i = 0; i < t->share_count; i++) {
+        bool full = false;
+        while (!full && posted < budget && t->shares[i].posted < t->shares[i].total &&
+               atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING)
+            posted += (uint32_t)post_chain(t, i, budget - posted, &full);
+    }
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING &&
+        !t->shares_open && t->outstanding) {
+        fab_list_remove(t);
+        fab_list_append(&t->peer->inflight, t);
+    }
+    check_done(t);
+    fab_transfer_put(t->peer->engine, t);
+    return (int)posted;
+}
+
+static int post_queue(struct fab_peer *p)
+{
+    uint32_t posted = 0, looked = 0;
+    struct fab_transfer *t = p->queue.head;
+    while (t && posted < FAB_POST_PER_PEER && looked < FAB_POST_LOOK && !p->ending) {
+        struct fab_transfer *next = t->next;
+        const char *why = "";
+        int rc = make_ready(t, &why);
+        if (rc < 0) {
+            fab_transfer_fail(t, rc, why);
+        } else if (!rc) {
+            looked++;
+        } else {
+            uint32_t before = posted;
+            posted += (uint32_t)post_transfer(t, FAB_POST_PER_PEER - posted);
+            looked += posted == before;
+        }
+        t = next;
+    }
+    if (p->queue.head && posted >= FAB_POST_PER_PEER)
+        fab_peer_busy(p);
+    return (int)posted;
+}
+
+int fab_post_peer(struct fab_peer *p)
+{
+    if (atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP || p->ending)
+        return 0;
+    int n = p->sending.head ? fab_message_post(p) : 0;
+    return p->queue.head ? n + post_queue(p) : n;
+}
+
+void fab_post_enqueue(struct fab_transfer *t)
+{
+    fab_list_append(&t->peer->queue, t);
+    fab_peer_busy(t->peer);
+}
+
+/* ---- completions ---- */
+
+static void acknowledge(struct fab_transfer *t)
+{
+    struct fab_peer *p = t->peer;
+    if (t->kind == FAB_K_WRITE && --t->pieces_left)
+        return;
+    t->acknowledged++;
+    p->tx_ranges++;
+    p->tx_bytes += t->length;
+    p->engine->stats.tx_ranges++;
+    p->engine->stats.tx_bytes += t->length;
+}
+
+static void work_request_failed(struct fab_transfer *t, const struct fab_lane *lane, int status)
+{
+    char text[FAB_TEXT_MAX];
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) != FAB_T_RUNNING)
+        return;
+    fab_text(t->nic, sizeof t->nic, "%s", lane->nic->info.name);
+    fab_text(text, sizeof text, "a work request failed: %s (%d)", strerror(-status), status);
+    fab_transfer_fail(t, FAB_E_FAILED, text);
+}
+
+void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
+{
+    struct fab_peer *p = fab_lane_peer(lane);
+    struct fab_engine *e = p->engine;
+    struct fab_transfer *t = fab_slot_at(&e->transfers, (uint32_t)(wr_id >> 16));
+    struct fab_share *s = &t->shares[wr_id >> 8 & 0xff];
+    fab_slot_ref(t);
+    count_outstanding(t, s, -1);
+    if (status) {
+        work_request_failed(t, lane, status);
+    } else {
+        p->tx_pieces++;
+        e->stats.tx_pieces++;
+        /* On `local` we do the work ourselves: it proves nothing about the peer. */
+        if (lane->nic->info.kind != FAB_KIND_LOCAL)
+            p->last_heard = e->now;
+        if (wr_id & WR_LAST)
+            acknowledge(t);
+    }
+    check_done(t);
+    fab_transfer_put(e, t);
+    if (p->queue.head)
+        fab_peer_busy(p);
+}
+
+/* ---- whole peers ---- */
+
+static void fail_list(struct fab_list *list, int code, const char *text)
+{
+    for (struct fab_transfer *t = list->head, *next; t; t = next) {
+        next = t->next;
+        fab_transfer_fail(t, code, text);
+    }
+}
+
+void fab_transfers_fail_peer(struct fab_peer *p, int code, const char *text)
+{
+    fail_list(&p->queue, code, text);
+    fail_list(&p->inflight, code, text);
+    fail_list(&p->sending, code, text);
+    fail_list(&p->sent, code, text);
+}
+
+static void expire(struct fab_list *list, int64_t now)
+{
+    for (struct fab_transfer *t = list->head, *next; t; t = next) {
+        next = t->next;
+        if (t->deadline && now >= t->deadline)
+            fab_transfer_fail(t, FAB_E_FAILED, "its deadline passed");
+    }
+}
+
+void fab_transfers_check_deadlines(struct fab_peer *p)
+{
+    expire(&p->queue, p->engine->now);
+    expire(&p->inflight, p->engine->now);
+}

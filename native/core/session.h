@@ -1,0 +1,34 @@
+/* Sessions: the handshake, liveness, and the end (ARCHITECTURE.md, "Session").
+ *
+ * All functions need the progress lock unless they say otherwise. None of them closes a lane from
+ * within a sink function: what a sink function finds out is noted (fab_session_doom) and carried
+ * out by fab_session_serve() later in the same turn.
+ */
+#ifndef FAB_SESSION_H
+#define FAB_SESSION_H
+
+#include "engine.h"
+
+/* First use: IDLE or DEAD -> CONNECTING, or DEAD with the reason. Lifts the bar. */
+void fab_session_start(struct fab_peer *peer);
+/* The session is to end in this turn. The first reason is kept. */
+void fab_session_doom(struct fab_peer *peer, int code, const char *text);
+/* Ends it now: transfers drain, lanes are closed. */
+void fab_session_end(struct fab_peer *peer, int code, const char *text, bool goodbye);
+/* Control frames that are due, retransmission, the end of doomed sessions. Returns how many
+ * things happened. */
+int fab_session_serve(struct fab_peer *peer);
+/* Liveness and deadlines; every FAB_TICK_NS. */
+void fab_session_tick(struct fab_peer *peer);
+/* A frame on one of the peer's lanes; a first frame on none. */
+void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t length, int fd);
+void fab_session_hello(struct fab_nic *nic, struct fab_origin *origin, const uint8_t *bytes,
+                       uint32_t length);
+void fab_session_origin_gone(struct fab_nic *nic, struct fab_origin *origin);
+/* Sends one frame; true: it is on its way. */
+bool fab_session_send(struct fab_peer *peer, struct fab_writer *w, const struct fab_mr *attach);
+/* Admits newcomers, or has the application asked; refuses those that waited too long. */
+int fab_newcomers_serve(struct fab_engine *e);
+void fab_newcomers_tick(struct fab_engine *e);
+
+#endif

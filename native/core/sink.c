@@ -1,0 +1,35 @@
+/* Where the providers' events enter the core: one line each, to the room that deals with it. */
+#include "sink.h"
+
+#include "counter.h"
+#include "engine.h"
+#include "memory.h"
+#include "post.h"
+#include "session.h"
+
+static void on_imm(struct fab_lane *lane, uint32_t imm, uint32_t times)
+{
+    struct fab_peer *p = fab_lane_peer(lane);
+    if (!p || !times)
+        return;
+    p->last_heard = p->engine->now;
+    fab_count(p->engine, p, imm, times);
+}
+
+static void on_lane_down(struct fab_lane *lane, int error, const char *text)
+{
+    struct fab_peer *p = fab_lane_peer(lane);
+    (void)error; /* the text says it */
+    if (p)
+        fab_session_doom(p, FAB_E_UNREACHABLE, text);
+}
+
+const struct fab_sink fab_core_sink = {
+    .imm = on_imm,
+    .completed = fab_post_completed,
+    .frame = fab_session_frame,
+    .hello = fab_session_hello,
+    .lane_down = on_lane_down,
+    .origin_gone = fab_session_origin_gone,
+    .destination = fab_memory_destination,
+};

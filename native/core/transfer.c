@@ -1,0 +1,711 @@
+/* Transfers: submission, waiting, the end. The contract is in transfer.h. */
+#include "transfer.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "memory.h"
+#include "message.h"
+#include "peer.h"
+#include "post.h"
+#include "remote.h"
+#include "session.h"
+#include "watch.h"
+#include "worker.h"
+
+/* ---- lists ---- */
+
+void fab_list_append(struct fab_list *list, struct fab_transfer *t)
+{
+    t->list = list;
+    t->next = NULL;
+    t->prev = list->tail;
+    if (list->tail)
+        list->tail->next = t;
+    else
+        list->head = t;
+    list->tail = t;
+    list->count++;
+}
+
+void fab_list_remove(struct fab_transfer *t)
+{
+    struct fab_list *list = t->list;
+    if (!list)
+        return;
+    if (t->prev)
+        t->prev->next = t->next;
+    else
+        list->head = t->next;
+    if (t->next)
+        t->next->prev = t->prev;
+    else
+        list->tail = t->prev;
+    list->count--;
+    t->list = NULL;
+    t->prev = t->next = NULL;
+}
+
+/* ---- the end ---- */
+
+void fab_transfer_put(struct fab_engine *e, struct fab_transfer *t)
+{
+    if (!fab_slot_put(t))
+        return;
+    if (t->peer)
+        fab_peer_put(e, t->peer);
+    free(t->pages);
+    free(t->bytes);
+    t->pages = NULL;
+    t->bytes = NULL;
+    t->peer = NULL;
+    fab_slot_free(&e->transfers, t);
+}
+
+/* The receiver waits for ranges that will not come: tell it, if it can still be told. */
+static void void_id(struct fab_transfer *t)
+{
+    struct fab_peer *p = t->peer;
+    if (t->imm < 0 || t->acknowledged >= t->count ||
+        atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP)
+        return;
+    uint32_t id = (uint32_t)t->imm;
+    for (uint32_t i = p->void_sent; i < p->void_count; i++)
+        if (p->voids[i] == id)
+            return;
+    if (!p->voids)
+        p->voids = calloc(FAB_VOIDS_PENDING, sizeof *p->voids);
+    if (!p->voids || p->void_count == FAB_VOIDS_PENDING) {
+        fab_session_doom(p, FAB_E_UNREACHABLE, "too many failed transfers to tell it about");
+        return;
+    }
+    p->voids[p->void_count++] = id;
+    fab_peer_busy(p);
+}
+
+static void count_end(struct fab_engine *e, uint32_t state)
+{
+    e->stats.transfers_done += state == FAB_T_DONE;
+    e->stats.transfers_failed += state == FAB_T_FAILED;
+    e->stats.transfers_cancelled += state == FAB_T_CANCELLED;
+}
+
+static void let_go(struct fab_engine *e, struct fab_transfer *t)
+{
+    fab_list_remove(t);
+    if (t->holds_grant)
+        fab_grant_end(t->import->grant);
+    t->holds_grant = false;
+    if (t->region) {
+        atomic_fetch_sub_explicit(&t->region->busy, 1, memory_order_release);
+        fab_region_put(e, t->region);
+    }
+    if (t->import)
+        fab_import_put_locked(e, t->import);
+    t->region = NULL;
+    t->import = NULL;
+}
+
+static void child_ended(struct fab_engine *e, struct fab_transfer *parent,
+                        const struct fab_transfer *child);
+
+static void end(struct fab_engine *e, struct fab_transfer *t, uint32_t state)
+{
+    if (state != FAB_T_DONE && t->kind != FAB_K_MESSAGE && t->kind != FAB_K_GROUP)
+        void_id(t);
+    let_go(e, t);
+    count_end(e, state);
+    struct fab_transfer *parent = t->parent;
+    t->parent = NULL;
+    if (parent)
+        child_ended(e, parent, t);
+    atomic_store_explicit(&t->state, state, memory_order_release);
+    fab_watch_transfer_ended(e, t);
+    e->dirty = true;
+    fab_transfer_put(e, t);
+}
+
+static void child_ended(struct fab_engine *e, struct fab_transfer *parent,
+                        const struct fab_transfer *child)
+{
+    parent->acknowledged += child->acknowledged;
+    if (child->code && !parent->code) {
+        parent->code = child->code;
+        memcpy(parent->text, child->text, sizeof parent->text);
+        memcpy(parent->nic, child->nic, sizeof parent->nic);
+        parent->peer = child->peer;
+        fab_slot_ref(parent->peer);
+    }
+    if (--parent->children)
+        return;
+    uint32_t state = !parent->code                       ? FAB_T_DONE
+                     : parent->code == FAB_E_CANCELLED   ? FAB_T_CANCELLED
+                                                         : FAB_T_FAILED;
+    end(e, parent, state);
+}
+
+void fab_transfer_done(struct fab_transfer *t)
+{
+    end(t->peer->engine, t, FAB_T_DONE);
+}
+
+void fab_transfer_settle(struct fab_transfer *t)
+{
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_DRAINING && !t->outstanding)
+        end(t->peer->engine, t, t->code == FAB_E_CANCELLED ? FAB_T_CANCELLED : FAB_T_FAILED);
+}
+
+void fab_transfer_fail(struct fab_transfer *t, int code, const char *text)
+{
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) != FAB_T_RUNNING)
+        return;
+    t->code = code;
+    fab_text(t->text, sizeof t->text, "%s", text);
+    atomic_store_explicit(&t->state, FAB_T_DRAINING, memory_order_release);
+    if (t->list == &t->peer->queue && t->outstanding) {
+        fab_list_remove(t);
+        fab_list_append(&t->peer->inflight, t);
+    }
+    fab_transfer_settle(t);
+}
+
+static void cancel_one(struct fab_transfer *t)
+{
+    /* A message of which some is out must be finished, or the stream would break. */
+    if (t->kind != FAB_K_MESSAGE || (!t->sent && t->list == &t->peer->sending && t->length))
+        fab_transfer_fail(t, FAB_E_CANCELLED, "cancelled");
+}
+
+void fab_transfer_do_cancel(struct fab_engine *e, struct fab_transfer *t)
+{
+    if (atomic_load(&t->state) == FAB_T_RUNNING && t->kind == FAB_K_GROUP) {
+        uint32_t touched = atomic_load_explicit(&e->transfers.touched, memory_order_acquire);
+        for (uint32_t i = 0; i < touched; i++) {
+            struct fab_transfer *child = fab_slot_at(&e->transfers, i);
+            if (child->parent == t)
+                cancel_one(child);
+        }
+    } else if (atomic_load(&t->state) == FAB_T_RUNNING) {
+        cancel_one(t);
+    }
+    fab_transfer_put(e, t); /* the command's reference */
+}
+
+/* ---- the start ---- */
+
+static void start_one(struct fab_transfer *t)
+{
+    struct fab_peer *p = t->peer;
+    uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    if (state == FAB_P_IDLE || state == FAB_P_DEAD) {
+        fab_session_start(p);
+        state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    }
+    if (state == FAB_P_DEAD)
+        fab_transfer_fail(t, FAB_E_UNREACHABLE, p->text);
+    else if (state == FAB_P_FENCING || p->ending)
+        fab_transfer_fail(t, FAB_E_UNREACHABLE, p->end_text);
+    else if (t->kind == FAB_K_MESSAGE)
+        fab_message_start(p, t);
+    else
+        fab_post_enqueue(t);
+}
+
+/* A parent's children are linked by `next` until they are started. */
+void fab_transfer_start(struct fab_engine *e, struct fab_transfer *t)
+{
+    if (t->kind != FAB_K_GROUP) {
+        start_one(t);
+        return;
+    }
+    for (struct fab_transfer *child = t->next, *next; child; child = next) {
+        next = child->next;
+        child->next = NULL;
+        start_one(child);
+    }
+    (void)e;
+}
+
+/* ---- building at submission, without the lock ---- */
+
+static int slot_free(struct fab_engine *e, void *arg)
+{
+    (void)arg;
+    return atomic_load_explicit(&e->transfers.live, memory_order_relaxed) < FAB_MAX_TRANSFERS;
+}
+
+static struct fab_transfer *new_transfer(struct fab_engine *e, enum fab_transfer_kind kind,
+                                         int64_t wait)
+{
+    struct fab_transfer *t = fab_slot_alloc(&e->transfers);
+    while (!t && wait && fab_wait(e, slot_free, NULL, wait) == 1)
+        t = fab_slot_alloc(&e->transfers);
+    if (!t) {
+        atomic_fetch_add_explicit(&e->queue_full, 1, memory_order_relaxed);
+        fab_error(FAB_E_FULL, "%d transfers are under way or unreleased, the limit",
+                  FAB_MAX_TRANSFERS);
+        return NULL;
+    }
+    /* Shares are filled by the planner; texts by a failure. */
+    memset((char *)t + sizeof t->slot, 0, offsetof(struct fab_transfer, shares) - sizeof t->slot);
+    t->nic[0] = t->text[0] = 0;
+    t->kind = kind;
+    t->imm = FAB_NO_IMM;
+    t->watch = FAB_NO_WATCH;
+    atomic_store_explicit(&t->state, FAB_T_RUNNING, memory_order_relaxed);
+    return t;
+}
+
+/* Gives back a transfer that was never submitted. */
+static void discard(struct fab_engine *e, struct fab_transfer *t)
+{
+    if (t->region) {
+        atomic_fetch_sub(&t->region->busy, 1);
+        fab_region_put(e, t->region);
+    }
+    if (t->import)
+        fab_import_put(e, t->import);
+    fab_slot_kill(t);
+    fab_transfer_put(e, t);
+}
+
+static int check_imm(int64_t imm)
+{
+    if (imm < FAB_NO_IMM || imm > 0x0fffffff)
+        return fab_error(FAB_E_INVALID, "counter id %lld is out of range: 0 to %d",
+                         (long long)imm, 0x0fffffff);
+    return 0;
+}
+
+static int check_span(const char *what, uint64_t offset, uint64_t length, uint64_t limit)
+{
+    if (offset <= limit && length <= limit - offset)
+        return 0;
+    return fab_error(FAB_E_INVALID, "%llu bytes at offset %llu end outside the %s of %llu bytes",
+                     (unsigned long long)length, (unsigned long long)offset, what,
+                     (unsigned long long)limit);
+}
+
+/* Takes references to both ends. */
+static int take_ends(struct fab_engine *e, struct fab_transfer *t, int64_t region, int64_t remote)
+{
+    struct fab_region *r = fab_region_get(e, region);
+    if (!r)
+        return FAB_E_INVALID;
+    t->region = r;
+    atomic_fetch_add(&r->busy, 1);
+    if (atomic_load(&r->closing)) /* deregistration looks at `busy` after setting this */
+        return fab_error(FAB_E_INVALID, "the region is being deregistered");
+    t->import = fab_import_get(e, remote);
+    if (!t->import)
+        return FAB_E_INVALID;
+    t->peer = t->import->peer;
+    fab_slot_ref(t->peer);
+    return 0;
+}
+
+/* Starts it inline if the progress lock is free, else through the command ring. */
+static int64_t submit(struct fab_engine *e, struct fab_transfer *t)
+{
+    int64_t handle = fab_slot_handle(t);
+    fab_slot_ref(t); /* the engine's, until the end */
+    if (!fab_trylock(e)) {
+        fab_command(e, t->slot.index, false);
+        fab_kick(e);
+        return handle;
+    }
+    struct fab_peer *p = t->peer;
+    fab_transfer_start(e, t);
+    if (p)
+        fab_post_peer(p);
+    bool left = atomic_load_explicit(&t->state, memory_order_relaxed) < FAB_T_DONE;
+    fab_unlock(e);
+    if (left)
+        fab_kick(e);
+    return handle;
+}
+
+static int64_t submit_done(struct fab_engine *e, struct fab_transfer *t)
+{
+    fab_lock(e);
+    fab_slot_ref(t);
+    end(e, t, FAB_T_DONE);
+    fab_unlock(e);
+    return fab_slot_handle(t);
+}
+
+/* ---- API: write ---- */
+
+static int fill_write(struct fab_engine *e, struct fab_transfer *t, int64_t region, uint64_t src,
+                      int64_t remote, uint64_t dst, uint64_t length)
+{
+    int rc = take_ends(e, t, region, remote);
+    if (!rc)
+        rc = check_span("source region", src, length, t->region->length);
+    if (!rc)
+        rc = check_span("destination descriptor", dst, length, t->import->length);
+    t->src = src;
+    t->dst = dst;
+    t->length = length;
+    t->count = 1;
+    return rc;
+}
+
+int64_t fab_write(fab_engine *e, int64_t region, uint64_t src, int64_t remote, uint64_t dst,
+                  uint64_t length, int64_t imm, int64_t deadline, int64_t wait)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = check_imm(imm);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_WRITE, wait);
+    if (!t) {
+        result = fab_error_code();
+    } else {
+        t->imm = imm;
+        t->deadline = deadline;
+        result = fill_write(e, t, region, src, remote, dst, length);
+        if (result)
+            discard(e, t);
+        else if (!length && imm < 0)
+            result = submit_done(e, t); /* no bytes and no count: nothing to do */
+        else
+            result = submit(e, t);
+    }
+    fab_leave(e);
+    return result;
+}
+
+/* ---- API: pages ---- */
+
+/* The span that the pages reach, or an error that names the page. */
+static int check_pages(const char *what, const int32_t *pages, uint32_t count, uint64_t stride,
+                       uint64_t bytes, uint64_t offset, uint64_t limit)
+{
+    int32_t low = 0, high = 0;
+    for (uint32_t i = 0; i < count; i++) { /* one pass that the compiler can vectorise */
+        low = pages[i] < low ? pages[i] : low;
+        high = pages[i] > high ? pages[i] : high;
+    }
+    uint64_t reach;
+    if (low < 0)
+        return fab_error(FAB_E_INVALID, "page index %d of the %s is negative", low, what);
+    if (__builtin_mul_overflow((uint64_t)high, stride, &reach) ||
+        __builtin_add_overflow(reach, offset, &reach) || reach > limit || bytes > limit - reach)
+        return fab_error(FAB_E_INVALID,
+                         "page %d of the %s ends outside its %llu bytes (stride %llu, offset %llu, "
+                         "page of %llu bytes)",
+                         high, what, (unsigned long long)limit, (unsigned long long)stride,
+                         (unsigned long long)offset, (unsigned long long)bytes);
+    return 0;
+}
+
+static int fill_pages(struct fab_transfer *t, const int32_t *src_pages, const int32_t *dst_pages)
+{
+    uint32_t count = (uint32_t)t->count;
+    if (!t->length)
+        return fab_error(FAB_E_INVALID, "page_bytes is 0; pages need at least one byte");
+    if (t->count > FAB_MAX_PAGES)
+        return fab_error(FAB_E_INVALID, "%u pages in one call; the limit is %d", count,
+                         FAB_MAX_PAGES);
+    if (!count)
+        return 0;
+    int rc = check_pages("source region", src_pages, count, t->src_stride, t->length, t->src,
+                         t->region->length);
+    if (!rc)
+        rc = check_pages("destination descriptor", dst_pages, count, t->dst_stride, t->length,
+                         t->dst, t->import->length);
+    if (rc)
+        return rc;
+    t->pages = malloc(2 * sizeof *t->pages * count);
+    if (!t->pages)
+        return fab_error(FAB_E_SYSTEM, "out of memory");
+    memcpy(t->pages, src_pages, sizeof *t->pages * count);
+    memcpy(t->pages + count, dst_pages, sizeof *t->pages * count);
+    return 0;
+}
+
+int64_t fab_write_pages(fab_engine *e, int64_t region, int64_t remote, const int32_t *src_pages,
+                        const int32_t *dst_pages, uint32_t count, uint64_t page_bytes,
+                        uint64_t src_stride, uint64_t dst_stride, uint64_t src_offset,
+                        uint64_t dst_offset, int64_t imm, int64_t deadline, int64_t wait)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = check_imm(imm);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_PAGES, wait);
+    if (!t) {
+        result = fab_error_code();
+    } else {
+        t->imm = imm;
+        t->deadline = deadline;
+        t->src = src_offset;
+        t->dst = dst_offset;
+        t->src_stride = src_stride;
+        t->dst_stride = dst_stride;
+        t->length = page_bytes;
+        t->count = count;
+        result = take_ends(e, t, region, remote);
+        if (!result)
+            result = fill_pages(t, src_pages, dst_pages);
+        if (result)
+            discard(e, t);
+        else
+            result = count ? submit(e, t) : submit_done(e, t);
+    }
+    fab_leave(e);
+    return result;
+}
+
+/* ---- API: scatter, immediates ---- */
+
+static void discard_group(struct fab_engine *e, struct fab_transfer *parent)
+{
+    for (struct fab_transfer *child = parent->next, *next; child; child = next) {
+        next = child->next;
+        discard(e, child);
+    }
+    parent->next = NULL;
+    discard(e, parent);
+}
+
+/* One more child. NULL with the error set: the group is to be discarded. */
+static struct fab_transfer *add_child(struct fab_engine *e, struct fab_transfer *parent,
+                                      enum fab_transfer_kind kind, int64_t wait)
+{
+    struct fab_transfer *child = new_transfer(e, kind, wait);
+    if (!child)
+        return NULL;
+    child->parent = parent;
+    child->imm = parent->imm;
+    child->deadline = parent->deadline;
+    child->count = 1;
+    child->next = parent->next;
+    parent->next = child;
+    parent->children++;
+    return child;
+}
+
+/* Children hold only the engine's reference: nobody has their handles. */
+static int64_t submit_group(struct fab_engine *e, struct fab_transfer *parent)
+{
+    if (!parent->children)
+        return submit_done(e, parent);
+    for (struct fab_transfer *child = parent->next; child; child = child->next)
+        fab_slot_kill(child);
+    return submit(e, parent);
+}
+
+static struct fab_transfer *new_group(struct fab_engine *e, uint32_t count, int64_t imm,
+                                      int64_t deadline, int64_t wait)
+{
+    if (count > FAB_MAX_TARGETS) {
+        fab_error(FAB_E_INVALID, "%u targets in one call; the limit is %d", count, FAB_MAX_TARGETS);
+        return NULL;
+    }
+    struct fab_transfer *parent = check_imm(imm) ? NULL : new_transfer(e, FAB_K_GROUP, wait);
+    if (parent) {
+        parent->imm = imm;
+        parent->deadline = deadline;
+        parent->count = count;
+    }
+    return parent;
+}
+
+int64_t fab_scatter(fab_engine *e, int64_t region, const fab_target *targets, uint32_t count,
+                    int64_t imm, int64_t deadline, int64_t wait)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = 0;
+    struct fab_transfer *parent = new_group(e, count, imm, deadline, wait);
+    for (uint32_t i = 0; parent && !result && i < count; i++) {
+        const fab_target *row = &targets[i];
+        if (!row->length && imm < 0)
+            continue; /* no bytes and no count */
+        struct fab_transfer *t = add_child(e, parent, FAB_K_WRITE, wait);
+        result = t ? fill_write(e, t, region, row->src_offset, row->remote, row->dst_offset,
+                                row->length)
+                   : fab_error_code();
+        parent->length += row->length;
+    }
+    if (parent && result)
+        discard_group(e, parent);
+    else
+        result = parent ? submit_group(e, parent) : fab_error_code();
+    fab_leave(e);
+    return result;
+}
+
+int64_t fab_imm(fab_engine *e, const int64_t *peers, uint32_t count, int64_t imm, int64_t deadline,
+                int64_t wait)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = imm < 0 ? fab_error(FAB_E_INVALID, "an immediate without bytes needs a counter "
+                                         "id, 0 to %d", 0x0fffffff) : 0;
+    struct fab_transfer *parent = result ? NULL : new_group(e, count, imm, deadline, wait);
+    for (uint32_t i = 0; parent && !result && i < count; i++) {
+        struct fab_transfer *t = add_child(e, parent, FAB_K_IMM, wait);
+        struct fab_peer *p = t ? fab_peer_get(e, peers[i]) : NULL;
+        if (t)
+            t->peer = p;
+        result = p ? 0 : fab_error_code();
+    }
+    if (parent && result)
+        discard_group(e, parent);
+    else if (!result)
+        result = parent ? submit_group(e, parent) : fab_error_code();
+    fab_leave(e);
+    return result;
+}
+
+/* ---- API: messages ---- */
+
+static int room_for_message(struct fab_engine *e, void *arg)
+{
+    const struct fab_peer *p = arg;
+    fab_lock(e);
+    bool room = p->sending.count < FAB_MESSAGES_QUEUED;
+    fab_unlock(e);
+    return room;
+}
+
+int64_t fab_send(fab_engine *e, int64_t peer, const void *bytes, uint64_t length, int64_t wait)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = 0;
+    struct fab_peer *p = fab_peer_get(e, peer);
+    if (!p)
+        result = FAB_E_INVALID;
+    else if (length > FAB_MAX_MESSAGE)
+        result = fab_error(FAB_E_INVALID, "a message of %llu bytes; the limit is %d: write larger "
+                           "data one-sided", (unsigned long long)length, FAB_MAX_MESSAGE);
+    else if (fab_wait(e, room_for_message, p, wait) != 1)
+        result = fab_error(FAB_E_FULL, "%d messages to %s wait for its application to take some",
+                           FAB_MESSAGES_QUEUED, p->label);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_MESSAGE, wait);
+    if (t) {
+        t->peer = p;
+        fab_slot_ref(p);
+        t->count = 1;
+        t->length = length;
+        t->bytes = malloc(length ? length : 1);
+        if (t->bytes)
+            memcpy(t->bytes, bytes, length);
+        result = t->bytes ? submit(e, t) : fab_error(FAB_E_SYSTEM, "out of memory");
+        if (!t->bytes)
+            discard(e, t);
+    } else if (!result) {
+        result = fab_error_code();
+    }
+    if (p)
+        fab_peer_put(e, p);
+    fab_leave(e);
+    return result;
+}
+
+/* ---- API: waiting and handles ---- */
+
+static int transfer_ended(struct fab_engine *e, void *arg)
+{
+    (void)e;
+    const struct fab_transfer *t = arg;
+    return atomic_load_explicit(&t->state, memory_order_acquire) >= FAB_T_DONE;
+}
+
+static int report(struct fab_transfer *t, int rc, int64_t timeout)
+{
+    uint32_t state = atomic_load_explicit(&t->state, memory_order_acquire);
+    const char *peer = t->peer ? t->peer->label : "several";
+    if (rc == FAB_E_CLOSED)
+        return rc;
+    if (state == FAB_T_RUNNING)
+        return fab_error(FAB_E_TIMEOUT, "the transfer to %s goes on after %.3f s", peer,
+                         (double)timeout / 1e9);
+    if (state == FAB_T_DRAINING)
+        return fab_error(FAB_E_DRAINING, "the transfer to %s drains (%s): its memory is still in "
+                         "use", peer, t->text);
+    if (!t->code)
+        return 0;
+    return fab_error(t->code, "transfer to %s%s%s: %s (%llu of %llu ranges acknowledged)", peer,
+                     t->nic[0] ? " over " : "", t->nic, t->text,
+                     (unsigned long long)t->acknowledged, (unsigned long long)t->count);
+}
+
+static struct fab_transfer *get_transfer(struct fab_engine *e, int64_t handle)
+{
+    struct fab_transfer *t = fab_slot_get(&e->transfers, handle);
+    if (!t)
+        fab_error(FAB_E_INVALID, "the transfer was released");
+    return t;
+}
+
+int fab_transfer_wait(fab_engine *e, int64_t transfer, int64_t timeout)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    struct fab_transfer *t = get_transfer(e, transfer);
+    int rc = FAB_E_INVALID;
+    if (t) {
+        rc = report(t, fab_wait(e, transfer_ended, t, timeout), timeout);
+        fab_transfer_put(e, t);
+    }
+    fab_leave(e);
+    return rc;
+}
+
+int fab_transfer_get_info(fab_engine *e, int64_t transfer, fab_transfer_info *out)
+{
+    memset(out, 0, sizeof *out);
+    if (atomic_load(&e->forked)) /* a closed engine still tells how its transfers ended */
+        return fab_error(FAB_E_CLOSED, "the engine belongs to the parent process");
+    struct fab_transfer *t = get_transfer(e, transfer);
+    if (!t)
+        return FAB_E_INVALID;
+    out->state = (int32_t)atomic_load_explicit(&t->state, memory_order_acquire);
+    bool over = out->state >= FAB_T_DRAINING;
+    out->code = over ? t->code : 0;
+    out->ranges = t->count;
+    out->acknowledged = t->acknowledged;
+    out->bytes = t->kind == FAB_K_PAGES ? t->length * t->count : t->length;
+    if (over) {
+        memcpy(out->nic, t->nic, sizeof out->nic);
+        memcpy(out->text, t->text, sizeof out->text);
+    }
+    if (t->peer)
+        memcpy(out->peer, t->peer->label, sizeof out->peer);
+    fab_transfer_put(e, t);
+    return 0;
+}
+
+int fab_transfer_cancel(fab_engine *e, int64_t transfer)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    struct fab_transfer *t = get_transfer(e, transfer);
+    if (t) {
+        if (atomic_load(&t->state) < FAB_T_DONE && !atomic_exchange(&t->cancel_asked, true)) {
+            fab_slot_ref(t);
+            fab_command(e, t->slot.index, true);
+            fab_kick(e);
+        }
+        fab_transfer_put(e, t);
+    }
+    fab_leave(e);
+    return t ? 0 : FAB_E_INVALID;
+}
+
+int fab_transfer_release(fab_engine *e, int64_t transfer)
+{
+    if (atomic_load(&e->forked))
+        return 0;
+    struct fab_transfer *t = fab_slot_get(&e->transfers, transfer);
+    if (!t)
+        return 0;
+    if (fab_slot_kill(t))
+        fab_transfer_put(e, t);
+    fab_transfer_put(e, t);
+    return 0;
+}

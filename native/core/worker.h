@@ -1,0 +1,41 @@
+/* Turns: who does the engine's work, and who sleeps.
+ *
+ * Whoever holds the progress lock may run fab_turn(). The worker thread does it when nobody else
+ * does; waiters do it themselves while they spin (`helpers`). Protocol of sleep:
+ * - the worker stores SLEEPING under the lock after arming every NIC and looking at the commands
+ *   once more, and blocks on the NICs' descriptors and wake_fd;
+ * - who leaves work behind that no NIC will signal calls fab_kick();
+ * - a helper that finds the worker asleep disarms the NICs while it helps, so that peers do not
+ *   pay for waking it, and arms them again when it leaves;
+ * - fab_unlock() takes the commands that came while the lock was held, so none is forgotten.
+ */
+#ifndef FAB_WORKER_H
+#define FAB_WORKER_H
+
+#include "engine.h"
+
+int fab_worker_start(struct fab_engine *e);
+void fab_worker_stop(struct fab_engine *e);
+
+void fab_lock(struct fab_engine *e);
+bool fab_trylock(struct fab_engine *e);
+void fab_unlock(struct fab_engine *e);
+/* With the lock: one bounded turn. Returns how many things happened. */
+int fab_turn(struct fab_engine *e);
+/* Without the lock: the worker is to look, if it sleeps. */
+void fab_kick(struct fab_engine *e);
+
+/* Queues a start (cancel = false) or a cancel of a transfer for the next turn. */
+void fab_command(struct fab_engine *e, uint32_t transfer, bool cancel);
+
+/* Waits until ready() returns nonzero, helping meanwhile; returns that, or FAB_E_TIMEOUT, or
+ * FAB_E_CLOSED. ready() is called without the lock. */
+int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
+             int64_t timeout);
+/* The same without helping: for threads that wait for rare things. */
+int fab_wait_quietly(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
+                     int64_t timeout);
+
+void fab_close_fd(int fd);
+
+#endif

@@ -1,0 +1,193 @@
+/* libfabric and libibverbs by dlopen; the contract is in dl.h.
+ *
+ * Symbols are taken at the versions that the 1.17 and rdma-core 44 headers declare, so that a
+ * newer library hands out structs of the layout that this file was compiled for.
+ */
+#include "providers/dl.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "providers/provider.h"
+
+struct ibv_device;
+
+struct library {
+    const char *name;
+    const char *file;
+    const char *env;
+    const char *package;
+    void *handle;
+    const void *landmark; /* an address inside it */
+    char why[FAB_TEXT_MAX];
+};
+
+static struct library fabric_library = {
+    .name = "libfabric",
+    .file = "libfabric.so.1",
+    .env = "FABRIC_LIBFABRIC",
+    .package = "libfabric1",
+};
+
+static struct library verbs_library = {
+    .name = "libibverbs",
+    .file = "libibverbs.so.1",
+    .env = "FABRIC_LIBIBVERBS",
+    .package = "libibverbs1",
+};
+
+static struct fab_libfabric libfabric;
+static struct {
+    struct ibv_device **(*get_device_list)(int *count);
+    void (*free_device_list)(struct ibv_device **list);
+    const char *(*get_device_name)(struct ibv_device *device);
+} libibverbs;
+
+static bool library_open(struct library *lib)
+{
+    const char *chosen = getenv(lib->env);
+    const char *file = chosen && *chosen ? chosen : lib->file;
+
+    lib->handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+    if (lib->handle)
+        return true;
+    (void)snprintf(lib->why, sizeof(lib->why),
+                   "%s cannot be loaded (%.120s): install the Debian package %s, or set %s to the "
+                   "path of %s",
+                   file, dlerror(), lib->package, lib->env, lib->file);
+    return false;
+}
+
+/* dlsym gives an object pointer; copying it is how POSIX makes a function pointer of it. */
+static bool library_symbol(struct library *lib, const char *symbol, const char *version, void *out)
+{
+    void *address = dlvsym(lib->handle, symbol, version);
+
+    if (!address)
+        address = dlsym(lib->handle, symbol);
+    if (!address) {
+        (void)snprintf(lib->why, sizeof(lib->why), "%s has no symbol %s: it is no usable %s",
+                       lib->file, symbol, lib->name);
+        return false;
+    }
+    lib->landmark = address;
+    memcpy(out, &address, sizeof(address));
+    return true;
+}
+
+static void fabric_load(void)
+{
+    struct library *lib = &fabric_library;
+    uint32_t (*version)(void);
+
+    if (!library_open(lib) || !library_symbol(lib, "fi_getinfo", "FABRIC_1.3", &libfabric.getinfo) ||
+        !library_symbol(lib, "fi_freeinfo", "FABRIC_1.3", &libfabric.freeinfo) ||
+        !library_symbol(lib, "fi_dupinfo", "FABRIC_1.3", &libfabric.dupinfo) ||
+        !library_symbol(lib, "fi_fabric", "FABRIC_1.1", &libfabric.fabric) ||
+        !library_symbol(lib, "fi_strerror", "FABRIC_1.0", &libfabric.strerror) ||
+        !library_symbol(lib, "fi_version", "FABRIC_1.0", &version))
+        return;
+    libfabric.version = version();
+}
+
+static void verbs_load(void)
+{
+    struct library *lib = &verbs_library;
+
+    if (library_open(lib) &&
+        library_symbol(lib, "ibv_get_device_list", "IBVERBS_1.1", &libibverbs.get_device_list) &&
+        library_symbol(lib, "ibv_free_device_list", "IBVERBS_1.1", &libibverbs.free_device_list))
+        (void)library_symbol(lib, "ibv_get_device_name", "IBVERBS_1.1",
+                             &libibverbs.get_device_name);
+}
+
+const struct fab_libfabric *fab_libfabric(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    (void)pthread_once(&once, fabric_load);
+    if (libfabric.version)
+        return &libfabric;
+    fab_fail_text("%s", fabric_library.why);
+    return NULL;
+}
+
+static bool verbs_ready(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    (void)pthread_once(&once, verbs_load);
+    if (libibverbs.get_device_name)
+        return true;
+    fab_fail_text("%s", verbs_library.why);
+    return false;
+}
+
+int fab_verbs_unavailable(void)
+{
+    char names[160] = "";
+    size_t used = 0;
+    int count = 0;
+
+    if (!verbs_ready())
+        return -ENOENT;
+    struct ibv_device **list = libibverbs.get_device_list(&count);
+    for (int i = 0; list && i < count && used < sizeof(names); i++)
+        used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", i ? ", " : "",
+                                 libibverbs.get_device_name(list[i]));
+    if (list)
+        libibverbs.free_device_list(list);
+    if (count > 0)
+        fab_fail_text("this version has no verbs provider yet; RDMA devices found: %s", names);
+    else
+        fab_fail_text("this machine has no RDMA device (libibverbs lists none)");
+    return -ENODEV;
+}
+
+static const char *real_path(const struct library *lib, char buffer[PATH_MAX])
+{
+    Dl_info info;
+
+    if (!dladdr(lib->landmark, &info) || !info.dli_fname)
+        return lib->file;
+    return realpath(info.dli_fname, buffer) ? buffer : info.dli_fname;
+}
+
+/* libibverbs tells its version only by its file name: libibverbs.so.1.14.44.0. */
+static const char *version_in(const char *path)
+{
+    const char *suffix = strstr(path, ".so.");
+
+    return suffix ? suffix + strlen(".so.") : "unknown";
+}
+
+int fab_library(const char *name, char *path, uint32_t path_size, char *version,
+                uint32_t version_size)
+{
+    char buffer[PATH_MAX];
+    const char *file;
+
+    if (strcmp(name, fabric_library.name) == 0) {
+        if (!fab_libfabric())
+            return FAB_E_UNAVAILABLE;
+        file = real_path(&fabric_library, buffer);
+        (void)snprintf(version, version_size, "%u.%u", FI_MAJOR(libfabric.version),
+                       FI_MINOR(libfabric.version));
+    } else if (strcmp(name, verbs_library.name) == 0) {
+        if (!verbs_ready())
+            return FAB_E_UNAVAILABLE;
+        file = real_path(&verbs_library, buffer);
+        (void)snprintf(version, version_size, "%s", version_in(file));
+    } else {
+        fab_fail_text("library is '%.40s'; known are libfabric and libibverbs", name);
+        return FAB_E_INVALID;
+    }
+    (void)snprintf(path, path_size, "%s", file);
+    return 0;
+}

@@ -1,0 +1,223 @@
+/* Work requests: immediates and direct copies.
+ *
+ * Contract
+ * - A work request is taken only when its immediate has a place in the peer's ring, so nothing
+ *   that was taken can be lost to a full one.
+ * - Work requests are finished in the order of posting. What fits into this call is copied within
+ *   it; the rest waits in a queue of LOCAL_WORK, and poll() goes on with it.
+ * - Bytes go to the peer's memory in chunks under the peer's permit. When that is revoked the
+ *   lane has failed, and what was not copied is reported by lane_close().
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "local.h"
+
+static bool is_pull(const struct fab_wr *wr)
+{
+    return wr->length && !wr->remote->map;
+}
+
+/* The core has checked this; a wrong address here would be a stray write. */
+static bool is_sound(const struct fab_wr *wr)
+{
+    const struct fab_mr *mr = wr->mr;
+    const struct fab_remote *remote = wr->remote;
+    if (!mr || !remote || wr->addr > remote->length || wr->length > remote->length - wr->addr)
+        return false;
+    uint64_t offset = (uint64_t)((uintptr_t)wr->src - (uintptr_t)mr->base);
+    return offset <= mr->length && wr->length <= mr->length - offset;
+}
+
+static void completed(struct local_lane *lane, const struct fab_wr *wr, int status)
+{
+    lane->base.nic->sink->completed(&lane->base, wr->wr_id, status);
+}
+
+/* ---- immediates ---- */
+
+static bool slot_free(const struct local_lane *lane)
+{
+    uint32_t index = lane->imm_tail + lane->imm_owed + (lane->raised_times ? 1 : 0);
+    return fab_local_imm_free(lane->out, index);
+}
+
+/* Room for one more entry. If there is none, the peer rings our bell when it has made some. */
+static bool has_room(struct local_lane *lane)
+{
+    if (slot_free(lane))
+        return true;
+    atomic_store_explicit(&lane->out->hungry, 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_seq_cst);
+    return slot_free(lane);
+}
+
+/* Equal immediates in a row become one entry, put by the flush that ends every call. */
+static void raise_imm(struct local_lane *lane, uint32_t imm)
+{
+    if (lane->raised_times && lane->raised == imm) {
+        lane->raised_times++;
+        return;
+    }
+    if (lane->raised_times)
+        fab_local_imm_put(lane->out, lane->imm_tail++, lane->raised, lane->raised_times);
+    lane->raised = imm;
+    lane->raised_times = 1;
+    lane->to_ring = true;
+}
+
+/* ---- copies ---- */
+
+/* Up to a chunk under one permit. */
+static bool copy_chunk(struct local_lane *lane, uint8_t *to, const uint8_t *from, uint64_t n)
+{
+    struct local_inbox *box = lane->out;
+    if (!fab_local_enter(&box->busy, &box->revoked)) {
+        fab_local_fail(lane, -ECONNRESET, "process %d has ended the session",
+                       (int)lane->end.pid);
+        return false;
+    }
+    memcpy(to, from, n);
+    fab_local_leave(&box->busy);
+    return true;
+}
+
+/* Goes on with a direct work request within the allowance. False: not finished. */
+static bool copy_some(struct local_lane *lane, const struct fab_wr *wr, uint64_t *moved)
+{
+    struct local_nic *nic = fab_local_nic(lane);
+    while (*moved < wr->length) {
+        uint64_t n = wr->length - *moved;
+        n = n < LOCAL_CHUNK ? n : LOCAL_CHUNK;
+        if (!nic->allowance ||
+            !copy_chunk(lane, wr->remote->map + wr->addr + *moved, wr->src + *moved, n))
+            return false;
+        *moved += n;
+        fab_local_spend(nic, n);
+    }
+    return true;
+}
+
+/* ---- the queue ---- */
+
+static struct local_work *work_at(struct local_lane *lane, uint32_t index)
+{
+    return &lane->work[index % LOCAL_WORK];
+}
+
+static bool enqueue(struct local_lane *lane, const struct fab_wr *wr)
+{
+    if (lane->tail - lane->head == LOCAL_WORK)
+        return false;
+    *work_at(lane, lane->tail++) = (struct local_work){.wr = *wr};
+    if ((wr->flags & FAB_WR_IMM) && !is_pull(wr))
+        lane->imm_owed++;
+    return true;
+}
+
+int fab_local_settle(struct local_lane *lane)
+{
+    int n = 0;
+    while (lane->head != lane->next) {
+        struct local_work *work = work_at(lane, lane->head);
+        if (work->asked || !work->issued)
+            break;
+        lane->head++;
+        completed(lane, &work->wr, work->status);
+        n++;
+    }
+    return n;
+}
+
+/* A direct copy or a bare immediate whose turn has come. */
+static void do_direct(struct local_lane *lane, struct local_work *work)
+{
+    if (!copy_some(lane, &work->wr, &work->moved))
+        return;
+    if (work->wr.flags & FAB_WR_IMM) {
+        lane->imm_owed--;
+        raise_imm(lane, work->wr.imm);
+    }
+    work->issued = true;
+}
+
+/* A bare immediate behind copies that the peer makes goes the same way, to stay behind them. */
+static void do_ask(struct local_lane *lane, struct local_work *work)
+{
+    fab_local_ask(lane, work);
+    if (work->issued && !work->wr.length && (work->wr.flags & FAB_WR_IMM))
+        lane->imm_owed--;
+}
+
+int fab_local_work(struct local_lane *lane)
+{
+    int n = 0;
+    while (lane->next != lane->tail && !lane->fault) {
+        struct local_work *work = work_at(lane, lane->next);
+        bool behind = lane->next != lane->head;
+        if (is_pull(&work->wr) || (behind && !work->wr.length))
+            do_ask(lane, work);
+        else if (!behind)
+            do_direct(lane, work);
+        if (!work->issued)
+            break;
+        lane->next++;
+        n += fab_local_settle(lane);
+    }
+    if (lane->next != lane->tail && !fab_local_nic(lane)->allowance)
+        fab_local_lane_pend(lane); /* else an answer of the peer's calls us */
+    return n;
+}
+
+void fab_local_cancel(struct local_lane *lane)
+{
+    while (lane->head != lane->tail)
+        completed(lane, &work_at(lane, lane->head++)->wr, -ECANCELED);
+}
+
+/* ---- posting ---- */
+
+/* With nothing before it and enough allowance left, the work is done here and now. */
+static bool do_now(struct local_lane *lane, const struct fab_wr *wr)
+{
+    uint64_t moved = 0;
+    if (!copy_some(lane, wr, &moved))
+        return false;
+    if (wr->flags & FAB_WR_IMM)
+        raise_imm(lane, wr->imm);
+    completed(lane, wr, 0);
+    return true;
+}
+
+static bool take(struct local_lane *lane, const struct fab_wr *wr)
+{
+    if (wr->length && !is_sound(wr)) {
+        completed(lane, wr, -EINVAL);
+        return true;
+    }
+    bool pull = is_pull(wr);
+    bool now = !pull && lane->head == lane->tail && wr->length <= fab_local_nic(lane)->allowance;
+    if ((wr->flags & FAB_WR_IMM) && !pull) {
+        bool merges = now && lane->raised_times && lane->raised == wr->imm;
+        if (!merges && !has_room(lane))
+            return false;
+    }
+    return now ? do_now(lane, wr) : enqueue(lane, wr);
+}
+
+int fab_local_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
+{
+    struct local_lane *lane = (struct local_lane *)base;
+    if (lane->fault || lane->closing)
+        return lane->fault ? lane->fault : -ENOTCONN;
+    if (!lane->ready)
+        return 0;
+    fab_local_nic(lane)->allowance = LOCAL_POST_BYTES;
+    int taken = 0;
+    while (taken < n && take(lane, &wrs[taken]))
+        taken++;
+    if (lane->next != lane->tail)
+        fab_local_work(lane);
+    fab_local_lane_flush(lane);
+    return taken ? taken : lane->fault;
+}

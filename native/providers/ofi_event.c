@@ -1,0 +1,151 @@
+/* What a completion means.
+ *
+ * An operation of ours is told by its slot, never by flags, which are undefined in errors. What
+ * has no slot was done by the peer: a write, told by FI_REMOTE_WRITE (some providers set
+ * FI_REMOTE_CQ_DATA on the initiator's own completion too).
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "providers/ofi.h"
+
+static struct ofi_lane *lane_written(const struct ofi_domain *domain, const struct ofi_event *event)
+{
+    const struct ofi_nic *nic = domain->nic;
+
+    if (nic->kind->cq_data_size < 8)
+        return ofi_lane_of_source(nic, event->from);
+    return ofi_lane_of_token(nic, (uint32_t)(event->data >> 32));
+}
+
+static bool is_immediate(const struct ofi_event *event)
+{
+    const uint64_t both = FI_REMOTE_WRITE | FI_REMOTE_CQ_DATA;
+
+    return !event->slot && !event->error && (event->flags & both) == both;
+}
+
+/* The lane that an event concerns, or NULL. */
+static struct ofi_lane *lane_of(const struct ofi_domain *domain, const struct ofi_event *event)
+{
+    if (is_immediate(event))
+        return lane_written(domain, event);
+    if (!event->slot || event->slot->kind == OFI_REPLY)
+        return NULL;
+    return event->slot->kind == OFI_RECV ? event->slot->port->lane : event->slot->lane;
+}
+
+static void down(struct ofi_domain *domain, struct ofi_lane *lane, const char *what,
+                 const struct ofi_event *event)
+{
+    char reason[96] = "";
+    char text[FAB_TEXT_MAX];
+    const char *error = event->error == ECANCELED ? "the connection was lost"
+                                                  : domain->nic->lib->strerror(event->error);
+
+    (void)fi_cq_strerror(domain->cq, event->prov_errno, NULL, reason, sizeof(reason));
+    (void)snprintf(text, sizeof(text), "%s %s: %s failed: %s (%s says: %s)",
+                   domain->nic->kind->name, domain->nic->base.info.name, what, error,
+                   domain->nic->base.info.provider, reason);
+    ofi_lane_down(lane, -event->error, text);
+}
+
+static void write_ended(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    struct ofi_slot *slot = event->slot;
+    struct ofi_lane *lane = slot->lane;
+    uint64_t wr_id = slot->wr_id;
+
+    lane->writes_out--;
+    lane->bytes_out -= slot->bytes;
+    slot->next = lane->free_writes;
+    lane->free_writes = slot;
+    domain->nic->base.sink->completed(&lane->base, wr_id, -event->error);
+    if (event->error)
+        down(domain, lane, "a write", event);
+}
+
+static void send_ended(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    struct ofi_slot *slot = event->slot;
+    struct ofi_lane *lane = slot->lane;
+    bool matters = event->error && !slot->contact;
+
+    lane->sends_out--;
+    ofi_pool_give(&lane->sends, slot);
+    if (matters)
+        down(domain, lane, "a control frame", event);
+}
+
+/* A receive fails when its connection breaks in the middle of a frame. */
+static void recv_ended(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    struct ofi_slot *slot = event->slot;
+    struct ofi_port *port = slot->port;
+    struct ofi_lane *lane = port->lane;
+
+    port->recvs_out--;
+    if (lane && lane->closing)
+        return;
+    if (!event->error)
+        ofi_frame_received(port, slot, event->length);
+    else if (lane && lane->peer_token)
+        down(domain, lane, "receiving a control frame", event);
+    if (ofi_port_recv(port, slot))
+        ofi_pool_give(&port->recvs, slot); /* poll() tries again */
+}
+
+void ofi_handle(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    if (is_immediate(event)) {
+        struct ofi_lane *lane = lane_written(domain, event);
+        if (lane)
+            domain->nic->base.sink->imm(&lane->base, (uint32_t)event->data, 1);
+        return;
+    }
+    if (!event->slot)
+        return; /* a peer's write that broke off: its own end reports it */
+    switch (event->slot->kind) {
+    case OFI_WRITE:
+        write_ended(domain, event);
+        break;
+    case OFI_SEND:
+        send_ended(domain, event);
+        break;
+    case OFI_RECV:
+        recv_ended(domain, event);
+        break;
+    case OFI_REPLY:
+        ofi_reply_end(domain->nic, event->slot);
+        break;
+    }
+}
+
+int ofi_handle_queued(struct ofi_domain *domain, int most)
+{
+    int done = 0;
+
+    for (; domain->queued && done < most; done++) {
+        struct ofi_event event = domain->queue[domain->head];
+        domain->head = (domain->head + 1) % OFI_QUEUE;
+        domain->queued--;
+        ofi_handle(domain, &event);
+    }
+    return done;
+}
+
+void ofi_handle_lane(struct ofi_domain *domain, struct ofi_lane *lane)
+{
+    uint32_t kept = 0;
+    uint32_t queued = domain->queued;
+
+    for (uint32_t i = 0; i < queued; i++) {
+        struct ofi_event event = domain->queue[(domain->head + i) % OFI_QUEUE];
+        if (lane_of(domain, &event) == lane)
+            ofi_handle(domain, &event);
+        else
+            domain->queue[(domain->head + kept++) % OFI_QUEUE] = event;
+    }
+    domain->queued = kept;
+}

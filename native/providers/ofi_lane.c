@@ -1,0 +1,465 @@
+/* Lanes of the libfabric provider.
+ *
+ * A lane's slots are all its operations: a window of work requests and a pool of frames. Each is
+ * in a free list, waiting, or under way at libfabric, which hands it back once.
+ *
+ * A post to a peer that is not connected (yet, or any more) makes libfabric try to connect and
+ * returns -EAGAIN. Such attempts cost system calls and may go on for a connect deadline, so after
+ * one a lane is gated for a time that doubles from 20 us to 2 ms.
+ */
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "providers/ofi.h"
+
+static struct ofi_nic *nic_of(const struct ofi_lane *lane)
+{
+    return (struct ofi_nic *)lane->base.nic;
+}
+
+void ofi_lane_down(struct ofi_lane *lane, int error, const char *text)
+{
+    if (lane->down)
+        return;
+    lane->down = true;
+    ofi_lane_forget(lane);
+    if (!lane->closing)
+        lane->base.nic->sink->lane_down(&lane->base, error, text);
+}
+
+bool ofi_lane_gated(const struct ofi_lane *lane)
+{
+    return lane->retry_at && ofi_now() < lane->retry_at;
+}
+
+/* Whatever keeps a connection from being made is no verdict on a NIC: it may still come up. A
+ * lane's endpoint that is gone never comes back. */
+static bool is_later(const struct ofi_lane *lane, ssize_t rc)
+{
+    if (rc == -FI_EAGAIN)
+        return true;
+    if (lane->peer_token)
+        return false;
+    return rc == -ECONNREFUSED || rc == -ECONNRESET || rc == -ENETUNREACH || rc == -EHOSTUNREACH ||
+           rc == -ETIMEDOUT || rc == -EPIPE || rc == -ENOTCONN;
+}
+
+int ofi_lane_verdict(struct ofi_lane *lane, ssize_t rc)
+{
+    if (rc == 0) {
+        lane->retry_at = 0;
+        lane->retry_ns = 0;
+        return 1;
+    }
+    if (!is_later(lane, rc))
+        return -rc < 256 ? (int)rc : -EIO;
+    if (lane->writes_out || lane->sends_out)
+        return 0; /* connected, and full: a completion makes room */
+    lane->retry_ns = lane->retry_ns ? 2 * lane->retry_ns : OFI_RETRY_MIN_NS;
+    if (lane->retry_ns > OFI_RETRY_MAX_NS)
+        lane->retry_ns = OFI_RETRY_MAX_NS;
+    lane->retry_at = ofi_now() + lane->retry_ns;
+    return 0;
+}
+
+/* ---- who is meant ---- */
+
+struct ofi_lane *ofi_lane_of_token(const struct ofi_nic *nic, uint32_t low)
+{
+    uint32_t index = low & 0xffff;
+    struct ofi_lane *lane = index < nic->lane_slots ? nic->lanes[index] : NULL;
+
+    return lane && (uint32_t)lane->token == low ? lane : NULL;
+}
+
+struct ofi_lane *ofi_lane_of_source(const struct ofi_nic *nic, fi_addr_t from)
+{
+    return from < nic->source_slots ? nic->sources[from].lane : NULL;
+}
+
+static int grow_lanes(struct ofi_nic *nic)
+{
+    uint32_t slots = nic->lane_slots ? 2 * nic->lane_slots : 16;
+
+    if (nic->lane_slots >= OFI_MAX_LANES)
+        return -ENOSPC;
+    struct ofi_lane **lanes = realloc(nic->lanes, slots * sizeof(struct ofi_lane *));
+    if (!lanes)
+        return -ENOMEM;
+    memset(lanes + nic->lane_slots, 0, (slots - nic->lane_slots) * sizeof(struct ofi_lane *));
+    nic->lanes = lanes;
+    nic->lane_slots = slots;
+    return 0;
+}
+
+/* Enters the lane in the table; its token is random but for its place there. */
+static int enter(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    uint32_t index = 0;
+    int rc = nic->lane_count == nic->lane_slots ? grow_lanes(nic) : 0;
+
+    if (rc == 0)
+        rc = ofi_random(&lane->token);
+    if (rc)
+        return rc;
+    while (nic->lanes[index])
+        index++;
+    lane->token = (lane->token | 1ull << 63) & ~0xffffull;
+    lane->token |= index;
+    lane->index = index;
+    nic->lanes[index] = lane;
+    nic->lane_count++;
+    return 0;
+}
+
+static void leave(struct ofi_nic *nic, const struct ofi_lane *lane)
+{
+    nic->lanes[lane->index] = NULL;
+    nic->lane_count--;
+}
+
+/* On a shared endpoint: immediates from an address belong to the lane that last pointed there. */
+static void attribute(struct ofi_nic *nic, fi_addr_t from)
+{
+    nic->sources[from].lane = NULL;
+    for (uint32_t i = 0; i < nic->lane_slots; i++) {
+        struct ofi_lane *lane = nic->lanes[i];
+        if (lane && lane->pointed && lane->to == from && lane->peer_token)
+            nic->sources[from].lane = lane;
+    }
+}
+
+static int hold_source(struct ofi_nic *nic, fi_addr_t from)
+{
+    if (from >= nic->source_slots) {
+        uint64_t slots = from + 64;
+        struct ofi_source *sources = realloc(nic->sources, slots * sizeof(*sources));
+        if (!sources)
+            return -ENOMEM;
+        memset(sources + nic->source_slots, 0, (slots - nic->source_slots) * sizeof(*sources));
+        nic->sources = sources;
+        nic->source_slots = slots;
+    }
+    nic->sources[from].refs++;
+    return 0;
+}
+
+/* Forgets where the lane pointed. An address vector of its own dies with the lane. */
+static void unpoint(struct ofi_lane *lane)
+{
+    struct ofi_nic *nic = nic_of(lane);
+
+    if (!lane->pointed || nic->kind->lane_endpoints)
+        return;
+    lane->pointed = false;
+    attribute(nic, lane->to);
+    if (--nic->sources[lane->to].refs == 0)
+        (void)fi_av_remove(nic->port.av, &lane->to, 1, 0);
+}
+
+/* ---- open ---- */
+
+/* A closed lane's peer that was only slow may still connect to its address. So that it does not
+ * reach another lane there, addresses are not used again for the next OFI_PORT_MEMORY lanes. */
+static bool port_is_fresh(struct ofi_nic *nic, const struct ofi_port *port)
+{
+    const struct sockaddr_in *in = (const void *)port->address; /* sin6_port is at the same place */
+    uint32_t number = ntohs(in->sin_port);
+    uint64_t bit = 1ull << (number & 63);
+
+    if ((nic->used_ports[0][number >> 6] | nic->used_ports[1][number >> 6]) & bit)
+        return false;
+    if (nic->used_count++ == OFI_PORT_MEMORY) {
+        memcpy(nic->used_ports[1], nic->used_ports[0], sizeof(nic->used_ports[1]));
+        memset(nic->used_ports[0], 0, sizeof(nic->used_ports[0]));
+        nic->used_count = 1;
+    }
+    nic->used_ports[0][number >> 6] |= bit;
+    return true;
+}
+
+static void discard(struct ofi_port *port)
+{
+    (void)ofi_port_shut(port);
+    ofi_port_free(port);
+}
+
+static int open_own_port(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    struct ofi_port used[OFI_PORT_TRIES]; /* kept open meanwhile, so that the next one differs */
+    int tries = 0;
+    int rc = -EADDRINUSE;
+
+    while (tries < OFI_PORT_TRIES) {
+        rc = ofi_port_open(&lane->own, nic->data, lane);
+        if (rc || port_is_fresh(nic, &lane->own))
+            break;
+        used[tries++] = lane->own;
+        rc = -EADDRINUSE;
+    }
+    while (tries > 0)
+        discard(&used[--tries]);
+    if (rc == 0)
+        rc = ofi_port_receive(&lane->own, OFI_LANE_RECVS);
+    return rc;
+}
+
+static int open_slots(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    for (uint32_t i = OFI_WINDOW; i-- > 0;) {
+        lane->writes[i].kind = OFI_WRITE;
+        lane->writes[i].lane = lane;
+        lane->writes[i].next = lane->free_writes;
+        lane->free_writes = &lane->writes[i];
+    }
+    int rc = ofi_pool_open(&lane->sends, nic->data, OFI_LANE_SENDS, OFI_SEND);
+    return rc ? ofi_fail(nic, "getting memory for frames", rc) : 0;
+}
+
+/* Takes everything about the lane out of the completion queue. Its endpoint is closed, so the
+ * queue holds all there will be, ahead of what comes later: either every operation has shown up,
+ * or a read that empties the queue ends it. */
+static void drain(struct ofi_domain *domain, struct ofi_lane *lane)
+{
+    do {
+        if (ofi_domain_full(domain))
+            (void)ofi_handle_queued(domain, OFI_BATCH);
+        (void)ofi_domain_read(domain);
+        ofi_handle_lane(domain, lane);
+    } while (!domain->dry && lane->writes_out + lane->sends_out + lane->port->recvs_out > 0);
+}
+
+static void free_lane(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    if (lane->port == &lane->own)
+        ofi_port_free(&lane->own);
+    ofi_pool_close(&lane->sends);
+    if (nic->lanes[lane->index] == lane)
+        leave(nic, lane);
+    free(lane);
+}
+
+int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_lane **out)
+{
+    struct ofi_nic *nic = (struct ofi_nic *)base;
+    struct ofi_lane *lane = calloc(1, sizeof(*lane));
+
+    (void)origin; /* always NULL: the first frame's blob says whom to connect to */
+    if (!lane)
+        return -ENOMEM;
+    lane->base.nic = base;
+    lane->base.window = OFI_WINDOW;
+    lane->port = nic->kind->lane_endpoints ? &lane->own : &nic->port;
+    int rc = enter(nic, lane);
+    if (rc) {
+        free(lane);
+        return rc;
+    }
+    rc = open_slots(nic, lane);
+    if (rc == 0 && lane->port == &lane->own)
+        rc = open_own_port(nic, lane);
+    if (rc) {
+        lane->closing = true;
+        (void)ofi_port_shut(&lane->own);
+        drain(nic->data, lane);
+        free_lane(nic, lane);
+        return rc;
+    }
+    ofi_blob_join(lane->port, lane->token, lane->base.blob, &lane->base.blob_len);
+    *out = &lane->base;
+    return 0;
+}
+
+/* ---- connect ---- */
+
+static int point_at(struct ofi_lane *lane, const uint8_t *address)
+{
+    struct ofi_nic *nic = nic_of(lane);
+    fi_addr_t to;
+
+    if (fi_av_insert(lane->port->av, address, 1, &to, 0, NULL) != 1)
+        return -EINVAL;
+    if (!nic->kind->lane_endpoints) {
+        int rc = hold_source(nic, to);
+        if (rc)
+            return rc;
+    }
+    unpoint(lane);
+    lane->to = to;
+    lane->pointed = true;
+    memcpy(lane->peer_address, address, lane->port->address_len);
+    return 0;
+}
+
+int ofi_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t length)
+{
+    struct ofi_lane *lane = (struct ofi_lane *)base;
+    struct ofi_nic *nic = nic_of(lane);
+    const uint8_t *address = blob + OFI_TOKEN_BYTES;
+    uint64_t token;
+
+    if (lane->down)
+        return -ENOTCONN;
+    if (!ofi_blob_split(lane->port, blob, length, &token)) {
+        fab_fail_text("%s %s: the peer's address has %u bytes, %zu were expected", nic->kind->name,
+                      nic->base.info.name, length, OFI_TOKEN_BYTES + lane->port->address_len);
+        return -EINVAL;
+    }
+    if (token != lane->peer_token)
+        ofi_lane_forget(lane); /* they were meant for another */
+    if (!lane->pointed || memcmp(address, lane->peer_address, lane->port->address_len) != 0) {
+        int rc = point_at(lane, address);
+        if (rc)
+            return rc;
+    }
+    lane->peer_token = token;
+    lane->retry_at = 0;
+    lane->retry_ns = 0;
+    if (!nic->kind->lane_endpoints)
+        attribute(nic, lane->to);
+    return 0;
+}
+
+/* ---- post ---- */
+
+static ssize_t post_one(struct ofi_lane *lane, const struct fab_wr *wr, uint64_t flags)
+{
+    const struct ofi_kind *kind = nic_of(lane)->kind;
+    const struct ofi_mr *mr = (const struct ofi_mr *)wr->mr;
+    struct ofi_slot *slot = lane->free_writes;
+    struct iovec iov = {.iov_base = (void *)(uintptr_t)wr->src, .iov_len = wr->length};
+    void *desc = mr ? mr->desc : NULL;
+    struct fi_rma_iov remote = {.addr = wr->addr, .len = wr->length, .key = wr->rkey};
+    struct fi_msg_rma msg = {
+        .msg_iov = &iov,
+        .desc = &desc,
+        .iov_count = wr->length ? 1 : 0,
+        .addr = lane->to,
+        .rma_iov = &remote,
+        .rma_iov_count = 1,
+        .context = &slot->context,
+        .data = wr->imm,
+    };
+
+    if (kind->cq_data_size >= 8)
+        msg.data |= lane->peer_token << 32;
+    if (kind->delivery)
+        flags |= FI_DELIVERY_COMPLETE;
+    if (wr->flags & FAB_WR_IMM)
+        flags |= FI_REMOTE_CQ_DATA;
+    return fi_writemsg(lane->port->ep, &msg, flags | FI_COMPLETION);
+}
+
+static void taken(struct ofi_lane *lane, const struct fab_wr *wr)
+{
+    struct ofi_slot *slot = lane->free_writes;
+
+    lane->free_writes = slot->next;
+    slot->wr_id = wr->wr_id;
+    slot->bytes = wr->length;
+    lane->writes_out++;
+    lane->bytes_out += wr->length;
+}
+
+/* How many of n fit the window and the bytes that may be under way (one always does). */
+static int fitting(const struct ofi_lane *lane, const struct fab_wr *wrs, int n)
+{
+    uint64_t bytes = lane->bytes_out;
+    int room = OFI_WINDOW - (int)lane->writes_out;
+    int count = 0;
+
+    while (count < n && count < room && bytes < OFI_BYTES_OUT)
+        bytes += wrs[count++].length;
+    return count;
+}
+
+int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
+{
+    struct ofi_lane *lane = (struct ofi_lane *)base;
+
+    if (lane->down)
+        return -ENOTCONN;
+    if (!lane->pointed || !lane->peer_token || ofi_lane_gated(lane))
+        return 0;
+    int count = fitting(lane, wrs, n);
+    for (int i = 0; i < count; i++) {
+        ssize_t rc = post_one(lane, &wrs[i], i + 1 < count ? FI_MORE : 0);
+        int verdict = ofi_lane_verdict(lane, rc);
+        if (verdict < 0) {
+            (void)ofi_fail(nic_of(lane), "posting a write", rc);
+            ofi_lane_down(lane, verdict, "libfabric refused a write");
+            return i ? i : verdict;
+        }
+        if (verdict == 0)
+            return i;
+        taken(lane, &wrs[i]);
+    }
+    return count;
+}
+
+/* ---- close ---- */
+
+/* Gives the last frames (a BYE) a short time to be taken. A dead peer never takes them. */
+static void linger(struct ofi_domain *domain, struct ofi_lane *lane)
+{
+    uint64_t end = ofi_now() + OFI_LINGER_NS;
+
+    while (!lane->down && (lane->sends_out || lane->waiting.head) && ofi_now() < end &&
+           !ofi_domain_full(domain)) {
+        if (ofi_lane_flush(lane))
+            return;
+        (void)ofi_domain_read(domain);
+        ofi_handle_lane(domain, lane);
+    }
+}
+
+/* What libfabric did not hand back was in the endpoint that is closed now. */
+static void cancel_writes(struct ofi_lane *lane)
+{
+    const struct fab_sink *sink = lane->base.nic->sink;
+    bool idle[OFI_WINDOW] = {false};
+
+    for (struct ofi_slot *slot = lane->free_writes; slot; slot = slot->next)
+        idle[slot - lane->writes] = true;
+    for (uint32_t i = 0; i < OFI_WINDOW && lane->writes_out; i++) {
+        if (idle[i])
+            continue;
+        lane->writes_out--;
+        sink->completed(&lane->base, lane->writes[i].wr_id, -ECANCELED);
+    }
+}
+
+/* The endpoint is shared: our own work requests must end by themselves, the peer's cannot be
+ * stopped at all. */
+static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    ofi_handle_lane(nic->data, lane);
+    if (lane->writes_out || lane->sends_out)
+        return -EINPROGRESS;
+    unpoint(lane);
+    free_lane(nic, lane);
+    return -ENOTSUP;
+}
+
+int ofi_lane_close(struct fab_lane *base)
+{
+    struct ofi_lane *lane = (struct ofi_lane *)base;
+    struct ofi_nic *nic = nic_of(lane);
+
+    if (!lane->closing && lane->port == &lane->own) {
+        lane->closing = true;
+        linger(nic->data, lane);
+    }
+    lane->closing = true;
+    ofi_lane_forget(lane);
+    if (lane->port != &lane->own)
+        return close_shared(nic, lane);
+    if (ofi_port_shut(&lane->own))
+        return -EINPROGRESS;
+    drain(nic->data, lane);
+    cancel_writes(lane);
+    free_lane(nic, lane);
+    return 0;
+}

@@ -1,0 +1,125 @@
+"""Options and fixtures: `--providers` says which providers to test, `--seed` repeats a run."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness import Farm, Node, nothing_left_in_shm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NICS: dict[str, list[str] | None] = {"local": None, "tcp": ["lo"]}
+"""NICs for each provider; None leaves the choice to it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of this suite."""
+    group = parser.getgroup("fabric")
+    group.addoption(
+        "--providers",
+        help="comma-separated providers to test; one that is named here and missing is an error"
+        " (default: local,tcp, and one that is missing skips)",
+    )
+    group.addoption("--seed", type=int, help="seed of random sizes and orders (default: random)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed, once for all workers of a parallel run."""
+    config.addinivalue_line("markers", "only(*names): the test is about these providers")
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(1 << 31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say how to repeat the run."""
+    return f"fabric: --seed={config.option.seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Print the seed beside every failure of a test that uses it."""
+    report: pytest.TestReport = yield  # type: ignore[assignment, misc]
+    if report.failed and "seed" in getattr(item, "fixturenames", ()):
+        report.sections.append(("seed", f"repeat with --seed={item.config.option.seed}"))
+    return report  # type: ignore[return-value]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that asks for a provider on each of them."""
+    if "provider" in metafunc.fixturenames:
+        names = (metafunc.config.option.providers or "local,tcp").split(",")
+        for mark in metafunc.definition.iter_markers("only"):
+            names = [name for name in names if name in mark.args]
+        metafunc.parametrize("provider", names, scope="module")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run."""
+    result: int = request.config.option.seed
+    return result
+
+
+@contextlib.contextmanager
+def open_farm(provider: str, config: pytest.Config) -> Iterator[Farm]:
+    """Nodes on one provider; all are gone at the end, and have left nothing behind."""
+    with nothing_left_in_shm():
+        farm = Farm(provider, NICS.get(provider), strict=config.option.providers is not None)
+        try:
+            yield farm
+        finally:
+            farm.close()
+
+
+@pytest.fixture
+def farm(provider: str, request: pytest.FixtureRequest) -> Iterator[Farm]:
+    """Nodes for one test."""
+    with open_farm(provider, request.config) as farm:
+        yield farm
+
+
+@pytest.fixture(scope="module")
+def shared_farm(provider: str, request: pytest.FixtureRequest) -> Iterator[Farm]:
+    """Nodes for all tests of a module on one provider."""
+    with open_farm(provider, request.config) as farm:
+        yield farm
+
+
+def borrow(farm: Farm, names: str) -> list[Node]:
+    """Return the shared nodes of these names, new ones for those that died."""
+    living = {node.name: node for node in farm.nodes if node.alive()}
+    return [living.get(name) or farm(name) for name in names]
+
+
+def settle(nodes: list[Node]) -> None:
+    """Check that tests left nothing in the engines of shared nodes; end nodes that fail."""
+    held = {}
+    try:
+        for node in nodes:
+            held[node.name] = node.settle()
+    except BaseException:
+        for node in nodes:
+            node.kill()
+        raise
+    assert not any(held.values()), f"handles that are still alive: {held}"
+
+
+@pytest.fixture
+def pair(shared_farm: Farm) -> Iterator[tuple[Node, Node]]:
+    """Two connected processes: by convention the first writes to the second."""
+    nodes = borrow(shared_farm, "ab")
+    yield nodes[0], nodes[1]
+    settle(nodes)
+
+
+@pytest.fixture
+def trio(shared_farm: Farm) -> Iterator[tuple[Node, Node, Node]]:
+    """Three processes: by convention the first writes to the other two."""
+    nodes = borrow(shared_farm, "abc")
+    yield nodes[0], nodes[1], nodes[2]
+    settle(nodes)

@@ -1,0 +1,312 @@
+"""Processes for tests: each `Node` is a Python process of its own that owns one engine.
+
+A test runs functions in it: ``node.call(function, *args)`` waits for the result, ``node.start``
+returns a `Pending`. An exception over there is raised here with its class, text and plain
+attributes; the traceback of the other process is its cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import fabric
+from tests import commands
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from tests.node import Failure
+    from tests.patterns import Copy
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL_SECONDS = 60.0
+"""How long a command may take where the test does not say otherwise."""
+EXIT_SECONDS = 20.0
+
+
+class NodeDiedError(Exception):
+    """The process of a node ended while a test waited for it."""
+
+
+class RemoteTracebackError(Exception):
+    """The traceback of the other process, as the cause of what is raised here."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def rebuild(failure: Failure) -> BaseException:
+    """Make an exception of the class that was raised in the other process."""
+    kind: Any = importlib.import_module(failure.module)
+    for part in failure.name.split("."):
+        kind = getattr(kind, part)
+    error: BaseException = kind.__new__(kind)
+    error.args = (failure.text,)
+    with contextlib.suppress(AttributeError):
+        vars(error).update(failure.attributes)
+    error.__cause__ = RemoteTracebackError(failure.traceback)
+    return error
+
+
+class Pending:
+    """The result of a command that is under way."""
+
+    def __init__(self, node: Node, number: int) -> None:
+        self.node = node
+        self.number = number
+
+    def done(self) -> bool:
+        """Return whether the command has ended."""
+        self.node.pump(0.0)
+        return self.number in self.node.replies
+
+    def result(self, timeout: float = CALL_SECONDS) -> Any:
+        """Return what the command returned, or raise what it raised."""
+        deadline = time.monotonic() + timeout
+        while self.number not in self.node.replies:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"{self.node.name}: no answer within {timeout} s")
+            self.node.pump(left)
+        good, value = self.node.replies.pop(self.number)
+        if good:
+            return value
+        raise rebuild(value)
+
+
+class Node:
+    """A process that owns one engine. The methods below are what most tests need."""
+
+    def __init__(self, name: str, env: dict[str, str] | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        self.name = name
+        self.number = 0
+        self.replies: dict[int, tuple[bool, Any]] = {}
+        self.connection = Connection(ours.detach())
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.node", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": python_path(), **(env or {})},
+            )
+        self.pid = self.process.pid
+        self.address = b""
+
+    def start(
+        self, function: Callable[..., Any], *args: Any, thread: bool = False, **kwargs: Any
+    ) -> Pending:
+        """Begin a command; with `thread` it runs beside those that came before."""
+        self.number += 1
+        try:
+            self.connection.send((self.number, thread, function, args, kwargs))
+        except OSError as error:
+            raise NodeDiedError(f"{self.name} is gone: {self.process.poll()}") from error
+        return Pending(self, self.number)
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, within: float = CALL_SECONDS, **kwargs: Any
+    ) -> Any:
+        """Run a command on the node's main thread and return its result."""
+        return self.start(function, *args, **kwargs).result(within)
+
+    def pump(self, timeout: float) -> None:
+        """Take one reply, if there is one within `timeout` seconds."""
+        try:
+            if self.connection.poll(timeout):
+                number, good, value = self.connection.recv()
+                self.replies[number] = (good, value)
+        except (EOFError, OSError) as error:
+            code = self.process.wait(EXIT_SECONDS)
+            raise NodeDiedError(f"{self.name} ended with {code} while a command ran") from error
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the node's process, which is our child and not yet reaped."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL the node and reap it."""
+        self.process.kill()
+        self.process.wait(EXIT_SECONDS)
+        self.connection.close()
+
+    def freeze(self) -> None:
+        """SIGSTOP the node; returns when it has stopped."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: process_state(self.pid) == "T", 5.0, f"{self.name} does not stop")
+
+    def thaw(self) -> None:
+        """Let a frozen node go on."""
+        self.signal(signal.SIGCONT)
+
+    def alive(self) -> bool:
+        """Return whether the process runs."""
+        return self.process.poll() is None
+
+    def close(self) -> int:
+        """Ask the node to close its engine and leave; returns its exit status."""
+        if self.process.returncode is not None:
+            self.connection.close()
+            return self.process.returncode
+        self.thaw()
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        try:
+            return self.process.wait(EXIT_SECONDS)
+        finally:
+            self.kill()
+
+    # What most tests do with an engine.
+
+    def open(self, provider: str, nics: Sequence[str] | None = None, **options: Any) -> Node:
+        """Open the engine of this node."""
+        self.address = self.call(commands.open_engine, self.name, provider, nics, options)
+        return self
+
+    def region(self, name: str, nbytes: int, fill: int | None = 0, kind: str = "alloc") -> bytes:
+        """Make a region filled with pattern `fill` (zeros when None); returns its descriptor."""
+        result: bytes = self.call(commands.make_region, name, nbytes, fill, kind)
+        return result
+
+    def refill(self, name: str, fill: int) -> None:
+        """Fill a region with another pattern."""
+        self.call(commands.refill, name, fill)
+
+    def differs(self, name: str, fill: int, copies: Iterable[Copy] = ()) -> str:
+        """Compare a whole region with what it should hold; an empty text is good."""
+        result: str = self.call(commands.differs, name, fill, list(copies))
+        return result
+
+    def counter(self, name: str, number: int | None = None) -> int:
+        """Make a counter; returns its id."""
+        result: int = self.call(commands.make_counter, name, number)
+        return result
+
+    def value(self, name: str) -> int:
+        """Return the value of a counter."""
+        result: int = self.call(commands.counter_value, name)
+        return result
+
+    def wait(
+        self, name: str, target: int, timeout: float = 20.0, peers: Sequence[bytes] | None = None
+    ) -> None:
+        """Wait for a counter."""
+        self.call(commands.counter_wait, name, target, timeout, peers)
+
+    def settled(self, name: str, target: int) -> int:
+        """Wait for a counter, give more counts the time to come, and return the value."""
+        result: int = self.call(commands.counter_settled, name, target)
+        return result
+
+    def write(self, source: str, descriptor: bytes, **options: Any) -> None:
+        """Write and wait for the end."""
+        self.call(commands.write, source, descriptor, options)
+
+    def stats(self) -> dict[str, int]:
+        """Return the engine's totals."""
+        result: dict[str, int] = self.call(commands.totals)
+        return result
+
+    def settle(self) -> dict[str, int]:
+        """Release all that tests made here; returns what the engine still holds, by name."""
+        result: dict[str, int] = self.call(commands.settle)
+        return result
+
+
+class Farm:
+    """Makes nodes, and sees to it that all of them end."""
+
+    def __init__(self, provider: str, nics: Sequence[str] | None, strict: bool = False) -> None:
+        self.provider = provider
+        self.nics = nics
+        self.strict = strict
+        self.nodes: list[Node] = []
+        self.strangers: list[int] = []
+
+    def bare(self, name: str, env: dict[str, str] | None = None) -> Node:
+        """Return a node that has no engine yet."""
+        node = Node(name, env)
+        self.nodes.append(node)
+        return node
+
+    def __call__(self, name: str, env: dict[str, str] | None = None, **options: Any) -> Node:
+        """Return a node with an engine of the provider under test; skip where there is none."""
+        node = self.bare(name, env)
+        try:
+            return node.open(self.provider, options.pop("nics", self.nics), **options)
+        except BaseException as error:
+            node.kill()
+            if self.strict or not isinstance(error, fabric.ProviderUnavailable):
+                raise
+            pytest.skip(f"provider {self.provider}: {error}")
+
+    def adopt(self, pid: int) -> None:
+        """Kill process `pid`, a child that a node forked, when the test is over."""
+        self.strangers.append(pid)
+
+    def close(self) -> None:
+        """End every process. A node that is alive must leave cleanly, with status 0."""
+        codes = {}
+        for pid in self.strangers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            for node in self.nodes:
+                alive = node.alive()
+                code = node.close()
+                if alive and code != 0:
+                    codes[node.name] = code
+        finally:
+            for node in self.nodes:
+                if node.alive():
+                    node.kill()
+        assert not codes, f"nodes that did not leave cleanly: {codes}"
+
+
+def python_path() -> str:
+    """Return PYTHONPATH for a process that imports from this tree."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def wait_until(condition: Callable[[], bool], timeout: float, complaint: str) -> None:
+    """Poll until `condition` holds; fail with `complaint` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{complaint} (within {timeout} s)"
+        time.sleep(0.01)
+
+
+def process_state(pid: int) -> str:
+    """Return the state letter of a process: R, S, T, Z, or an empty text if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def shared_memory() -> set[str]:
+    """Return the names in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
+
+
+@contextlib.contextmanager
+def nothing_left_in_shm() -> Iterator[None]:
+    """Check that what comes into /dev/shm in the block goes again."""
+    before = shared_memory()
+    yield
+    wait_until(
+        lambda: not shared_memory() - before, 5.0, f"left in /dev/shm: {shared_memory() - before}"
+    )

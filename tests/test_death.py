@@ -1,0 +1,313 @@
+"""Processes that die or hang in the middle of a transfer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import fabric
+from tests import commands
+from tests.harness import Farm, Node, wait_until
+from tests.node import Failure, State, describe
+
+BIG = 256 << 20  # bytes of the write that is cut short
+PAGE = 1 << 20
+PAGES = 32_768  # of the paged write that is cut short: 32 GiB, over the same 64 MiB again
+MARK = 0xA5  # what the source holds; the destination holds zeros
+TIMEOUT = 2.0  # peer_timeout of these engines, in seconds
+SLACK = 0.75  # for two busy cores, in seconds
+PROBE_EVERY = 1 << 16
+CHILDREN = ["none", "python", "raw"]
+
+
+def limit(provider: str) -> float:
+    """Seconds within which the death of a process must be seen."""
+    return 1.0 if provider == "local" else TIMEOUT + SLACK
+
+
+def mark(node: State, name: str) -> None:
+    """Fill a region with the byte that the destination does not hold."""
+    commands.see(node, name)[:] = MARK
+
+
+def landed(node: State, name: str) -> int:
+    """Return how many bytes of the source are in a region that was zero."""
+    view = commands.see(node, name)
+    marks, zeros = int(np.count_nonzero(view == MARK)), int(np.count_nonzero(view == 0))
+    assert marks + zeros == view.size, "bytes that are neither old nor new"
+    return marks
+
+
+def strike_when_partial(node: State, name: str, pid: int, number: int) -> tuple[float, int]:
+    """Send a signal as soon as the first bytes are in a region; returns when, and how many."""
+    probes = commands.see(node, name)[::PROBE_EVERY]
+    deadline = time.monotonic() + 20.0
+    while not probes.any():
+        if time.monotonic() > deadline:
+            raise TimeoutError("nothing came")
+    os.kill(pid, number)
+    return time.monotonic(), int(np.count_nonzero(probes)) * PROBE_EVERY
+
+
+def die_when_counted(node: State, name: str, count: int) -> None:
+    """Kill this process once a counter has got somewhere."""
+    node.things[name].wait(count, timeout=20.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def when_it_failed(
+    node: State, name: str, target: int, peers: list[bytes]
+) -> tuple[float, Failure]:
+    """Wait for a counter in vain; returns when that became clear, and how."""
+    try:
+        commands.counter_wait(node, name, target, 30.0, peers)
+    except fabric.FabricError as error:
+        return time.monotonic(), describe(error)
+    raise AssertionError("the wait came to a good end")
+
+
+def fail_to_write(node: State, descriptor: bytes, imm: int, pages: int) -> tuple[float, Failure]:
+    """Write many pages in vain; returns when that became clear, and how."""
+    remote = fabric.Descriptor.from_bytes(descriptor)
+    sources = np.zeros(pages, np.int32)
+    targets = (np.arange(pages) % (len(remote) // PAGE)).astype(np.int32)
+    transfer = node.engine.write_pages(
+        node.things["src"], remote, sources, targets, page_bytes=PAGE, imm=imm
+    )
+    try:
+        transfer.wait(timeout=60.0)
+    except fabric.FabricError as error:
+        return time.monotonic(), describe(error)
+    raise AssertionError("the write came to a good end")
+
+
+def exchange(one: Node, other: Node) -> None:
+    """Check that two engines still work with each other."""
+    for source, target in ((one, other), (other, one)):
+        source.region("check src", 100_000, 7)
+        descriptor = target.region("check dst", 100_000, 8)
+        imm = target.counter("check count")
+        source.write("check src", descriptor, imm=imm)
+        assert target.settled("check count", 1) == 1
+        assert target.differs("check dst", 7) == ""
+        target.call(commands.release, "check count")
+        target.call(commands.deregister, "check dst")
+        source.call(commands.deregister, "check src")
+
+
+def fork_in(farm: Farm, node: Node, how: str) -> None:
+    """Give a node a forked child, which outlives it and keeps what it inherited."""
+    if how == "python":
+        farm.adopt(node.call(commands.fork_python, 60.0))
+    elif how == "raw":
+        farm.adopt(node.call(commands.fork_raw))
+
+
+def same_descriptors(node: Node, before: list[str]) -> None:
+    """Check that a process got rid of every file descriptor that a dead peer cost."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: node.call(commands.descriptors_open) == before, 3.0, "leak")
+    assert node.call(commands.descriptors_open) == before
+
+
+@pytest.mark.parametrize("child", CHILDREN)
+@pytest.mark.parametrize("kind", ["alloc", "numpy"])
+def test_the_sender_is_killed(farm: Farm, provider: str, child: str, kind: str) -> None:
+    b, c = farm("b", peer_timeout=TIMEOUT), farm("c", peer_timeout=TIMEOUT)
+    exchange(b, c)
+    before = b.call(commands.descriptors_open)
+    a = farm("a", peer_timeout=TIMEOUT)
+    a.region("src", BIG, None)
+    a.call(mark, "src")
+    descriptor = b.region("dst", BIG, None, kind)
+    imm = b.counter("count")
+    a.write("src", descriptor, length=0, imm=imm)
+    b.wait("count", 1)
+    fork_in(farm, a, child)
+    waiting = b.start(when_it_failed, "count", 2, [a.address], thread=True)
+    a.start(commands.write, "src", descriptor, {"imm": imm}, thread=True)
+    struck, seen = b.call(strike_when_partial, "dst", a.pid, signal.SIGKILL)
+    assert 0 < seen < BIG
+    failed, failure = waiting.result()
+    assert failure.name == "PeerUnreachable", failure.traceback
+    assert failed - struck < limit(provider)
+    b.call(commands.disconnect, a.address)
+    assert 0 < b.call(landed, "dst") < BIG
+    assert b.call(commands.changes, "dst", 0.5) == ""
+    assert b.value("count") == 1
+    exchange(b, c)
+    b.call(commands.release, "count")
+    b.call(commands.deregister, "dst")
+    same_descriptors(b, before)
+
+
+@pytest.mark.parametrize("child", CHILDREN)
+@pytest.mark.parametrize("kind", ["alloc", "numpy"])
+def test_the_receiver_is_killed(farm: Farm, provider: str, child: str, kind: str) -> None:
+    a, c = farm("a", peer_timeout=TIMEOUT), farm("c", peer_timeout=TIMEOUT)
+    exchange(a, c)
+    before = a.call(commands.descriptors_open)
+    b = farm("b", peer_timeout=TIMEOUT)
+    a.region("src", PAGE, 3)
+    descriptor = b.region("dst", 64 * PAGE, 4, kind)
+    imm = b.counter("count")
+    a.write("src", descriptor, imm=imm)
+    fork_in(farm, b, child)
+    writing = a.start(fail_to_write, descriptor, imm, PAGES, thread=True)
+    b.start(die_when_counted, "count", 20)
+    b.process.wait(30.0)
+    struck = time.monotonic()
+    assert not writing.done(), "the transfer had ended before the receiver was killed"
+    failed, failure = writing.result()
+    assert failure.name == "PeerUnreachable", failure.traceback
+    assert failed - struck < limit(provider)
+    assert 0 < failure.attributes["acknowledged"] < PAGES
+    exchange(a, c)
+    a.call(commands.disconnect, b.address)
+    a.call(commands.deregister, "src")
+    exchange(a, c)
+    same_descriptors(a, before)
+
+
+def test_a_transfer_to_one_that_is_gone(farm: Farm) -> None:
+    a, b = farm("a", peer_timeout=TIMEOUT), farm("b", peer_timeout=TIMEOUT)
+    a.region("src", 1000, 1)
+    descriptor = b.region("dst", 1000, 2)
+    b.kill()
+    with pytest.raises(fabric.PeerUnreachable):
+        a.write("src", descriptor)
+
+
+def test_one_that_came_back_is_somebody_else(farm: Farm) -> None:
+    a, b = farm("a", peer_timeout=TIMEOUT), farm("b", peer_timeout=TIMEOUT)
+    a.region("src", 1000, 1)
+    descriptor = b.region("dst", 1000, 2)
+    a.write("src", descriptor)
+    old = b.address
+    b.call(commands.close_engine)
+    b.open(farm.provider, farm.nics, peer_timeout=TIMEOUT)
+    assert b.address != old
+    fresh = b.region("dst", 1000, 2)
+    with pytest.raises(fabric.PeerUnreachable):
+        a.write("src", descriptor)
+    assert b.differs("dst", 2) == ""
+    a.write("src", fresh)
+    assert b.differs("dst", 1) == ""
+
+
+def test_a_slow_wait_does_not_hold_up_other_peers(farm: Farm) -> None:
+    """One dead peer delays nobody else's transfers."""
+    a, b, c = (farm(name, peer_timeout=5.0) for name in "abc")
+    exchange(a, c)
+    exchange(a, b)
+    a.region("src", 8 << 20, 1)
+    stuck = b.region("dst", 8 << 20, 2, "numpy")
+    good = c.region("dst", 8 << 20, 2, "numpy")
+    b.freeze()
+    for number in range(50):
+        a.call(commands.begin_write, f"stuck {number}", "src", stuck, {})
+    begin = time.monotonic()
+    for _ in range(10):
+        a.write("src", good)
+    assert time.monotonic() - begin < 2.5
+    assert c.differs("dst", 1) == ""
+    b.thaw()
+    for number in range(50):
+        a.call(commands.transfer_wait, f"stuck {number}")
+    assert b.differs("dst", 1) == ""
+
+
+# ---- processes that hang ----
+
+
+def test_the_sender_hangs(farm: Farm, provider: str) -> None:
+    a, b, c = (farm(name, peer_timeout=TIMEOUT) for name in "abc")
+    exchange(b, c)
+    a.region("src", BIG, None)
+    a.call(mark, "src")
+    descriptor = b.region("dst", BIG, None)
+    imm = b.counter("count")
+    a.write("src", descriptor, length=0, imm=imm)
+    waiting = b.start(when_it_failed, "count", 2, [a.address], thread=True)
+    a.start(outcome_of_write, descriptor, imm, thread=True)
+    struck, seen = b.call(strike_when_partial, "dst", a.pid, signal.SIGSTOP)
+    assert 0 < seen < BIG
+    failed, failure = waiting.result()
+    assert failure.name in ("PeerUnreachable", "FencePending"), failure.traceback
+    assert failed - struck < TIMEOUT + SLACK
+    exchange(b, c)
+    if not b.call(fenced, a.address):
+        # It was stopped inside a write: the memory is in quarantine until it goes on.
+        assert provider == "local"
+        with pytest.raises(fabric.FencePending):
+            b.call(commands.deregister, "dst")
+        a.thaw()
+        wait_until(lambda: b.call(fenced, a.address), 5.0, "the fence stays pending")
+    before = b.call(landed, "dst")
+    a.thaw()
+    assert b.call(commands.changes, "dst", 1.0) == ""
+    assert b.call(landed, "dst") == before < BIG
+    assert b.value("count") == 1
+    b.call(commands.deregister, "dst")
+
+
+def outcome_of_write(node: State, descriptor: bytes, imm: int) -> Failure | None:
+    """Write and say how it ended."""
+    try:
+        commands.write(node, "src", descriptor, {"imm": imm})
+    except fabric.FabricError as error:
+        return describe(error)
+    return None
+
+
+def fenced(node: State, address: bytes) -> bool:
+    """Try to fence a peer; False where it may still be inside a write."""
+    try:
+        node.engine.disconnect(commands.peer(address))
+    except fabric.FencePending:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["alloc", "numpy"])
+def test_the_receiver_hangs(farm: Farm, kind: str) -> None:
+    a, b, c = (farm(name, peer_timeout=TIMEOUT) for name in "abc")
+    exchange(a, c)
+    a.region("src", PAGE, 3)
+    descriptor = b.region("dst", 64 * PAGE, 4, kind)
+    imm = b.counter("count")
+    a.write("src", descriptor, imm=imm)
+    b.wait("count", 1)
+    writing = a.start(fail_to_write, descriptor, imm, 8 * PAGES, thread=True)
+    b.wait("count", 20)
+    b.freeze()
+    struck = time.monotonic()
+    failed, failure = writing.result()
+    assert failure.name == "PeerUnreachable", failure.traceback
+    assert failed - struck < 2 * TIMEOUT + SLACK
+    exchange(a, c)
+    a.call(commands.deregister, "src")
+    b.thaw()
+    with pytest.raises(fabric.CounterVoid):
+        b.wait("count", 8 * PAGES, timeout=5.0)
+
+
+def test_a_receiver_that_hung_for_a_moment(farm: Farm) -> None:
+    a, b = (farm(name, peer_timeout=4.0) for name in "ab")
+    a.region("src", 32 << 20, 3)
+    descriptor = b.region("dst", 32 << 20, 4, "numpy")
+    imm = b.counter("count")
+    a.write("src", descriptor, length=1, imm=imm)
+    b.freeze()
+    a.call(commands.begin_write, "t", "src", descriptor, {"imm": imm})
+    time.sleep(1.0)
+    assert not a.call(commands.transfer_done, "t")
+    b.thaw()
+    a.call(commands.transfer_wait, "t")
+    assert b.settled("count", 2) == 2
+    assert b.differs("dst", 3) == ""

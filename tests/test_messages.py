@@ -1,0 +1,241 @@
+"""Two-sided messages: whole, in order per peer, bounded, and none lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+import fabric
+from tests import commands
+from tests.harness import Farm, Node
+
+if TYPE_CHECKING:
+    from tests.node import State
+
+LONGEST = 65536
+SIZES = [0, 1, 4095, 4096, 4097, 8192, 65535, LONGEST]
+Pair = tuple[Node, Node]
+Trio = tuple[Node, Node, Node]
+
+
+def payload(seed: int, number: int, longest: int = LONGEST) -> bytes:
+    """Return the message of this number; most are short."""
+    rng = random.Random(seed * 1_000_003 + number)
+    length = min(
+        longest, rng.choice([0, 1, 8, 300, rng.randrange(5000), rng.randrange(longest + 1)])
+    )
+    return commands.pattern(seed + number, length).tobytes()
+
+
+def send(node: State, address: bytes, message: bytes) -> None:
+    """Send one message."""
+    node.engine.send(commands.peer(address), message)
+
+
+def receive(node: State, timeout: float | None = 20.0) -> tuple[bytes, bytes]:
+    """Receive one message."""
+    sender, message = node.engine.recv(timeout=timeout)
+    return bytes(sender), bytes(message)
+
+
+def send_many(node: State, address: bytes, seed: int, count: int) -> None:
+    """Send numbered messages."""
+    target = commands.peer(address)
+    for number in range(count):
+        node.engine.send(target, payload(seed, number))
+
+
+def receive_many(node: State, seeds: dict[bytes, int], count: int) -> dict[bytes, int]:
+    """Receive `count` messages; each must be the next of its sender. Returns how many of each."""
+    come = dict.fromkeys(seeds, 0)
+    for _ in range(count):
+        sender, message = receive(node)
+        if message != payload(seeds[sender], come[sender]):
+            raise AssertionError(f"message {come[sender]} is wrong: {len(message)} bytes")
+        come[sender] += 1
+    return come
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(pair: Pair, size: int) -> None:
+    a, b = pair
+    message = commands.pattern(size, size).tobytes()
+    a.call(send, b.address, message)
+    assert b.call(receive) == (a.address, message)
+
+
+def test_too_long(pair: Pair) -> None:
+    a, b = pair
+    with pytest.raises(fabric.InvalidArgument, match=rf"(?s){LONGEST + 1}.*{LONGEST}"):
+        a.call(send, b.address, bytes(LONGEST + 1))
+    a.call(send, b.address, b"good")
+    assert b.call(receive) == (a.address, b"good")
+
+
+def send_kinds(node: State, address: bytes) -> None:
+    """Send what is not bytes but can be seen as such."""
+    target = commands.peer(address)
+    for message in (b"x1", bytearray(b"x2"), memoryview(b"_x3_")[1:3]):
+        node.engine.send(target, message)
+
+
+def test_any_bytes(pair: Pair) -> None:
+    a, b = pair
+    a.call(send_kinds, b.address)
+    assert [b.call(receive)[1] for _ in range(3)] == [b"x1", b"x2", b"x3"]
+
+
+def test_many_in_both_directions(pair: Pair, seed: int) -> None:
+    a, b = pair
+    count = 2000
+    sending = [
+        a.start(send_many, b.address, seed, count, thread=True),
+        b.start(send_many, a.address, seed + 1, count, thread=True),
+    ]
+    receiving = [
+        a.start(receive_many, {b.address: seed + 1}, count),
+        b.start(receive_many, {a.address: seed}, count),
+    ]
+    for pending in sending + receiving:
+        pending.result(90.0)
+
+
+def test_order_per_peer(trio: Trio, seed: int) -> None:
+    a, b, c = trio
+    count = 300
+    seeds = {a.address: seed, c.address: seed + 1}
+    sending = [
+        node.start(send_many, b.address, seeds[node.address], count, thread=True) for node in (a, c)
+    ]
+    assert b.call(receive_many, seeds, 2 * count) == dict.fromkeys(seeds, count)
+    for pending in sending:
+        pending.result()
+
+
+def fill_up(node: State, address: bytes, seed: int) -> int:
+    """Send until there is no more room; returns how many were taken."""
+    target = commands.peer(address)
+    taken = 0
+    with contextlib.suppress(fabric.QueueFull):
+        while taken < 100_000:
+            node.engine.send(target, payload(seed, taken), timeout=0)
+            taken += 1
+    return taken
+
+
+def test_back_pressure(pair: Pair, seed: int) -> None:
+    """Nobody receives: sending stops at a bound, and what was taken arrives."""
+    a, b = pair
+    a.call(send, b.address, payload(seed, 0))
+    assert b.call(receive_many, {a.address: seed}, 1) == {a.address: 1}
+    count = a.call(fill_up, b.address, seed)
+    assert 0 < count < 100_000, "the queue has no bound"
+    blocked = a.start(send, b.address, payload(seed, count), thread=True)
+    time.sleep(0.3)
+    assert not blocked.done(), "a send that must wait for room came back"
+    assert b.call(receive_many, {a.address: seed}, count + 1) == {a.address: count + 1}
+    blocked.result()
+    a.call(send, b.address, b"after")
+    assert b.call(receive) == (a.address, b"after")
+
+
+def test_a_full_receiver_still_takes_writes(pair: Pair, seed: int) -> None:
+    """Messages that nobody takes hold up neither writes nor counts, nor other directions."""
+    a, b = pair
+    a.region("src", 1 << 20, 1)
+    descriptor = b.region("dst", 1 << 20, 2)
+    imm = b.counter("count")
+    count = a.call(fill_up, b.address, seed)
+    a.write("src", descriptor, imm=imm)
+    assert b.settled("count", 1) == 1
+    assert b.differs("dst", 1) == ""
+    b.call(send, a.address, b"back")
+    assert a.call(receive) == (b.address, b"back")
+    b.call(receive_many, {a.address: seed}, count)
+
+
+def test_nothing_to_receive(pair: Pair) -> None:
+    _, b = pair
+    for timeout in (0, 0.1):
+        begin = time.monotonic()
+        with pytest.raises(fabric.WaitTimeout):
+            b.call(receive, timeout)
+        assert time.monotonic() - begin < 1.0
+
+
+def test_a_message_before_anybody_receives(pair: Pair) -> None:
+    a, b = pair
+    a.call(send, b.address, b"early")
+    time.sleep(0.2)
+    assert b.call(receive, 5.0) == (a.address, b"early")
+
+
+def test_a_waiting_receiver_is_woken(pair: Pair) -> None:
+    a, b = pair
+    waiting = b.start(receive, thread=True)
+    time.sleep(0.3)
+    a.call(send, b.address, b"wake up")
+    assert waiting.result(2.0) == (a.address, b"wake up")
+
+
+def receive_async(node: State, seeds: dict[bytes, int], count: int) -> dict[bytes, int]:
+    """Receive on an event loop, which must stay free for others meanwhile."""
+    come = dict.fromkeys(seeds, 0)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    async def take() -> None:
+        async for sender, message in node.engine.messages():
+            key = bytes(sender)
+            if bytes(message) != payload(seeds[key], come[key]):
+                raise AssertionError(f"message {come[key]} is wrong: {len(message)} bytes")
+            come[key] += 1
+            if sum(come.values()) == count:
+                return
+
+    async def both() -> None:
+        ticking = asyncio.create_task(tick())
+        await asyncio.wait_for(take(), 30.0)
+        ticking.cancel()
+
+    asyncio.run(both())
+    if ticks == 0:
+        raise AssertionError("the event loop was blocked")
+    return come
+
+
+def test_messages_on_an_event_loop(trio: Trio, seed: int) -> None:
+    a, b, c = trio
+    seeds = {a.address: seed, c.address: seed + 1}
+    receiving = b.start(receive_async, seeds, 400)
+    time.sleep(0.2)
+    for node in (a, c):
+        node.start(send_many, b.address, seeds[node.address], 200)
+    assert receiving.result() == dict.fromkeys(seeds, 200)
+
+
+def test_a_message_to_one_that_is_gone(farm: Farm) -> None:
+    a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
+    a.call(send, b.address, b"one")
+    assert b.call(receive) == (a.address, b"one")
+    b.kill()
+    with pytest.raises(fabric.PeerUnreachable):
+        a.call(send_until_it_fails, b.address)
+
+
+def send_until_it_fails(node: State, address: bytes) -> None:
+    """Send for some seconds."""
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline:
+        send(node, address, bytes(1000))
+        time.sleep(0.01)
