@@ -47,14 +47,20 @@ struct fab_region *fab_region_get(struct fab_engine *e, int64_t handle)
     return r;
 }
 
+/* The mapping stays: its views are the caller's, who ends it with fab_unmap(). */
 static void release_memory(struct fab_region *r)
 {
-    if (r->mapped)
-        munmap(r->base, r->mapped);
     if (r->memfd >= 0 && !r->origin)
         close(r->memfd);
-    r->mapped = 0;
     r->memfd = -1;
+}
+
+/* A region that the caller never gets to see. */
+static void discard_region(struct fab_engine *e, struct fab_region *r)
+{
+    fab_unmap((uint64_t)(uintptr_t)r->base, r->mapped);
+    fab_slot_kill(r);
+    fab_region_put(e, r);
 }
 
 void fab_region_put(struct fab_engine *e, struct fab_region *r)
@@ -123,8 +129,7 @@ static int64_t finish_region(struct fab_engine *e, struct fab_region *r)
     fab_unlock(e);
     if (!result)
         return fab_slot_handle(r);
-    fab_slot_kill(r);
-    fab_region_put(e, r);
+    discard_region(e, r);
     return result;
 }
 
@@ -232,14 +237,19 @@ int64_t fab_region_alloc(fab_engine *e, uint64_t length, int huge, int numa, int
         if (!result) {
             result = finish_region(e, r);
         } else {
-            fab_slot_kill(r);
-            fab_region_put(e, r);
+            discard_region(e, r);
         }
     } else if (!result) {
         result = fab_error_code();
     }
     fab_leave(e);
     return result;
+}
+
+void fab_unmap(uint64_t base, uint64_t mapped)
+{
+    if (mapped)
+        munmap((void *)(uintptr_t)base, mapped);
 }
 
 int64_t fab_region_alias(fab_engine *e, int64_t region, const uint8_t *engine_id)
@@ -279,6 +289,7 @@ int fab_region_get_info(fab_engine *e, int64_t region, fab_region_info *out)
         memset(out, 0, sizeof *out);
         out->base = (uint64_t)(uintptr_t)r->base;
         out->length = r->length;
+        out->mapped = r->mapped;
         out->kind = r->kind;
         out->device = r->device;
         out->pulled = r->memfd < 0;

@@ -258,8 +258,7 @@ int64_t fab_recv(fab_engine *e, void *out, uint64_t size, int64_t *from, int64_t
         }
         fab_lock(e);
         result = take(e, out, size, from);
-        if (e->busy)
-            fab_turn(e); /* the credit goes back at once */
+        fab_serve(e); /* the credit goes back at once */
         fab_unlock(e);
     } while (result == FAB_E_TIMEOUT);
     fab_leave(e);

@@ -315,10 +315,8 @@ static int64_t submit(struct fab_engine *e, struct fab_transfer *t)
         fab_kick(e);
         return handle;
     }
-    struct fab_peer *p = t->peer;
     fab_transfer_start(e, t);
-    if (p)
-        fab_post_peer(p);
+    fab_serve(e);
     bool left = atomic_load_explicit(&t->state, memory_order_relaxed) < FAB_T_DONE;
     fab_unlock(e);
     if (left)

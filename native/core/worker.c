@@ -79,17 +79,25 @@ void fab_lock(struct fab_engine *e)
 
 static int take_commands(struct fab_engine *e);
 
-void fab_unlock(struct fab_engine *e)
+/* Unlocks; true: peers are left with something to do. */
+static bool unlock_quietly(struct fab_engine *e)
 {
     for (;;) {
+        bool left = e->busy;
         if (e->dirty)
             notify(e);
         pthread_mutex_unlock(&e->lock);
         atomic_thread_fence(memory_order_seq_cst);
         if (!atomic_load_explicit(&e->commands_waiting, memory_order_relaxed) || !fab_trylock(e))
-            return;
+            return left;
         take_commands(e);
     }
+}
+
+void fab_unlock(struct fab_engine *e)
+{
+    if (unlock_quietly(e))
+        fab_kick(e);
 }
 
 /* ---- commands: a bounded ring of many producers and the lock's holder (D. Vyukov's queue) ---- */
@@ -144,7 +152,7 @@ static void tick(struct fab_engine *e)
     fab_newcomers_tick(e);
 }
 
-static int serve_busy(struct fab_engine *e)
+int fab_serve(struct fab_engine *e)
 {
     int n = 0;
     struct fab_peer *list = e->busy;
@@ -169,7 +177,7 @@ int fab_turn(struct fab_engine *e)
     if (e->newcomer_count)
         n += fab_newcomers_serve(e);
     if (e->busy)
-        n += serve_busy(e);
+        n += fab_serve(e);
     if (!n || ++e->turns_since_clock >= TURNS_PER_CLOCK) {
         e->turns_since_clock = 0;
         e->now = fab_now();
@@ -271,7 +279,7 @@ static void sleep_or_not(struct fab_engine *e)
     fab_lock(e);
     int64_t ns = prepare_sleep(e);
     e->stats.worker_sleeps += ns != 0;
-    fab_unlock(e);
+    unlock_quietly(e); /* what it leaves is why `ns` is short */
     if (!ns)
         return;
     block(e, ns);

@@ -7,7 +7,8 @@
  * - who leaves work behind that no NIC will signal calls fab_kick();
  * - a helper that finds the worker asleep disarms the NICs while it helps, so that peers do not
  *   pay for waking it, and arms them again when it leaves;
- * - fab_unlock() takes the commands that came while the lock was held, so none is forgotten.
+ * - fab_unlock() takes the commands that came while the lock was held, and wakes the worker when
+ *   peers are left with something to do, so nothing is forgotten.
  */
 #ifndef FAB_WORKER_H
 #define FAB_WORKER_H
@@ -22,6 +23,8 @@ bool fab_trylock(struct fab_engine *e);
 void fab_unlock(struct fab_engine *e);
 /* With the lock: one bounded turn. Returns how many things happened. */
 int fab_turn(struct fab_engine *e);
+/* With the lock: the part of a turn that serves peers with something to do. */
+int fab_serve(struct fab_engine *e);
 /* Without the lock: the worker is to look, if it sleeps. */
 void fab_kick(struct fab_engine *e);
 

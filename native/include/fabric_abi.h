@@ -134,6 +134,7 @@ typedef struct {
 typedef struct {
     uint64_t base;   /* address in this process */
     uint64_t length;
+    uint64_t mapped; /* bytes that fab_unmap() takes; 0: not from fab_region_alloc() */
     int32_t kind;    /* FAB_MEM_* */
     int32_t device;
     int32_t pulled;  /* 1: on `local`, peers ask this engine to copy in */
@@ -255,11 +256,15 @@ int fab_engine_progress(fab_engine *e);
 
 /* ---- memory ---- */
 int64_t fab_region_register(fab_engine *e, uint64_t base, uint64_t length, int kind, int device);
+/* The memory stays mapped until fab_unmap(), also after deregistering and after the engine is
+ * freed: views of it may be alive. */
 int64_t fab_region_alloc(fab_engine *e, uint64_t length, int huge, int numa, int populate);
 /* The same memory under a key of its own, granted to one engine only. */
 int64_t fab_region_alias(fab_engine *e, int64_t region, const uint8_t *engine_id);
 int fab_region_get_info(fab_engine *e, int64_t region, fab_region_info *out);
 int fab_region_deregister(fab_engine *e, int64_t region, int64_t timeout);
+/* Unmaps what fab_region_alloc() mapped, after fab_region_deregister() or fab_engine_close(). */
+void fab_unmap(uint64_t base, uint64_t mapped);
 
 /* ---- peers and what they let us write ---- */
 int64_t fab_peer_add(fab_engine *e, const fab_peer_address *address);

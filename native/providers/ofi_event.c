@@ -45,7 +45,7 @@ static void down(struct ofi_domain *domain, struct ofi_lane *lane, const char *w
                                                   : domain->nic->lib->strerror(event->error);
 
     (void)fi_cq_strerror(domain->cq, event->prov_errno, NULL, reason, sizeof(reason));
-    (void)snprintf(text, sizeof(text), "%s %s: %s failed: %s (%s says: %s)",
+    (void)snprintf(text, sizeof(text), "%s %.40s: %s failed: %.60s (%.40s says: %.60s)",
                    domain->nic->kind->name, domain->nic->base.info.name, what, error,
                    domain->nic->base.info.provider, reason);
     ofi_lane_down(lane, -event->error, text);
