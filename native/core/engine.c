@@ -27,7 +27,9 @@
 #include "watch.h"
 #include "worker.h"
 
-#define VERSION "0.1.0"
+#ifndef FAB_VERSION /* the build passes the package's */
+#define FAB_VERSION "unknown"
+#endif
 #define MAX_COUNTER_HANDLES (FAB_MAX_COUNTERS + FAB_MAX_USER_IDS)
 #define DEFAULT_PEER_TIMEOUT_NS (10 * NS_PER_S)
 #define DEFAULT_CLOSE_NS (5 * NS_PER_S)
@@ -39,7 +41,7 @@ static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
 const char *fab_version(void)
 {
-    return VERSION;
+    return FAB_VERSION;
 }
 
 int fab_random(void *out, size_t length)

@@ -214,7 +214,8 @@ struct fab_peer {
     fab_key doorbells[FAB_MAX_LANES]; /* of that NIC */
     uint32_t lane_outstanding[FAB_MAX_LANES];
     uint32_t lane_count, lane_next;
-    bool ending; /* to be ended in the next turn */
+    bool in_business; /* as of the last tick */
+    bool ending; /* to be ended in this turn */
     bool no_fence;
     int end_code;
     char end_text[FAB_TEXT_MAX];
@@ -329,7 +330,6 @@ struct fab_engine {
     int64_t next_token;
 
     int64_t now, next_tick;
-    uint32_t turns_since_clock;
 
     /* worker and waiters */
     pthread_t worker;

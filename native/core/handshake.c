@@ -11,6 +11,7 @@
 #include "sha256.h"
 #include "worker.h"
 
+static const char barred_text[] = "it disconnected us, and has to use our address again first";
 static const char hello_label[] = "fabric hello 1", welcome_label[] = "fabric welcome 1";
 
 /* Best first. */
@@ -438,25 +439,30 @@ static void enqueue(struct fab_nic *nic, struct fab_origin *origin, const struct
                                                              .hello = *h};
 }
 
-/* Who wins when a HELLO meets a session that exists already (S2, S4). True: go on and admit. */
-static bool settle_existing(struct fab_nic *nic, struct fab_origin *origin,
-                            const struct fab_hello *h)
+enum verdict { ADMIT, DROP, LATER };
+
+/* What becomes of a HELLO that meets a session (S2, S4). */
+static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello *h)
 {
-    struct fab_engine *e = nic->engine;
     struct fab_peer *p = fab_peer_find(e, h->from);
     uint32_t state = p ? atomic_load_explicit(&p->state, memory_order_relaxed) : FAB_P_IDLE;
-    if (state == FAB_P_IDLE || state == FAB_P_DEAD)
-        return true;
-    if (state == FAB_P_CONNECTING && p->active && memcmp(e->id, h->from, sizeof e->id) > 0) {
+    if (state == FAB_P_CONNECTING && p->active && !p->ending) {
+        if (memcmp(e->id, h->from, sizeof e->id) < 0)
+            return DROP; /* ours wins */
         drop_lanes(p); /* theirs wins: our transfers stay queued and use it */
-        return true;
+        return ADMIT;
     }
-    if (!p->active && p->theirs == h->session)
-        p->due_welcome = true, fab_peer_busy(p); /* it did not get ours */
-    else if (state == FAB_P_UP || (state == FAB_P_CONNECTING && !p->active))
-        fab_session_doom(p, FAB_E_CLOSED, "the peer began a new session"); /* it asks again */
-    nic->provider->origin_drop(nic, origin);
-    return false;
+    if ((state == FAB_P_UP || state == FAB_P_CONNECTING) && !p->ending && p->theirs == h->session) {
+        p->due_welcome = !p->active; /* it did not get ours */
+        fab_peer_busy(p);
+        return DROP;
+    }
+    if (state == FAB_P_UP || state == FAB_P_CONNECTING) {
+        fab_session_doom(p, FAB_E_CLOSED, "the peer began a new session");
+        fab_session_carry_out_doom(p);
+        state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    }
+    return state == FAB_P_FENCING ? LATER : ADMIT;
 }
 
 static void on_hello(struct fab_nic *nic, struct fab_origin *origin, struct fab_reader *r)
@@ -481,8 +487,7 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, struct fab_
     else if (!mac_ok(e, r, &h, hello_label))
         refuse(nic, origin, &h, FAB_E_INVALID, "the shared secret differs");
     else if (fab_barred(e, h.from))
-        refuse(nic, origin, &h, FAB_E_UNREACHABLE,
-               "it disconnected us, and has to use our address again first");
+        refuse(nic, origin, &h, FAB_E_UNREACHABLE, barred_text);
     else
         enqueue(nic, origin, &h);
 }
@@ -530,22 +535,34 @@ void fab_session_origin_gone(struct fab_nic *nic, struct fab_origin *origin)
             forget_newcomer(e, i--);
 }
 
+static void answer(struct fab_engine *e, const struct fab_pending *n, enum verdict verdict)
+{
+    if (verdict == DROP)
+        n->nic->provider->origin_drop(n->nic, n->origin);
+    else if (fab_barred(e, n->hello.from))
+        refuse(n->nic, n->origin, &n->hello, FAB_E_UNREACHABLE, barred_text);
+    else
+        admit(n->nic, n->origin, &n->hello);
+}
+
 int fab_newcomers_serve(struct fab_engine *e)
 {
     int n = 0;
     for (uint32_t i = 0; i < e->newcomer_count; i++) {
-        if (e->newcomers[i].asking)
+        struct fab_pending next = e->newcomers[i];
+        if (next.asking)
             continue;
-        n++;
-        if (e->config.ask_accept && !fab_peer_find(e, e->newcomers[i].hello.from)) {
+        if (e->config.ask_accept && !fab_peer_find(e, next.hello.from)) {
             e->newcomers[i].asking = true;
             e->dirty = true;
             continue;
         }
-        struct fab_pending next = e->newcomers[i];
+        enum verdict verdict = settle_existing(e, &next.hello);
+        if (verdict == LATER)
+            continue;
         forget_newcomer(e, i--);
-        if (settle_existing(next.nic, next.origin, &next.hello))
-            admit(next.nic, next.origin, &next.hello);
+        answer(e, &next, verdict);
+        n++;
     }
     return n;
 }
@@ -606,9 +623,9 @@ int fab_accept_reply(fab_engine *e, int64_t token, int yes)
             continue;
         struct fab_pending n = e->newcomers[i];
         forget_newcomer(e, i);
-        if (yes && settle_existing(n.nic, n.origin, &n.hello))
-            admit(n.nic, n.origin, &n.hello);
-        else if (!yes)
+        if (yes)
+            answer(e, &n, settle_existing(e, &n.hello) == DROP ? DROP : ADMIT);
+        else
             refuse(n.nic, n.origin, &n.hello, FAB_E_INVALID, "its application said no");
         rc = 0;
         break;

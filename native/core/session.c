@@ -209,11 +209,21 @@ void fab_session_end(struct fab_peer *p, int code, const char *text, bool goodby
         ended(p);
 }
 
-static void carry_out_doom(struct fab_peer *p)
+/* Whether somebody here is told PeerUnreachable by this end (S6). Where there was no session yet,
+ * nothing can land, and nobody needs protection. */
+static bool anybody_told(const struct fab_peer *p)
+{
+    if (atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP && !p->welcomed)
+        return false;
+    return p->queue.head || p->inflight.head || p->sending.head || p->sent.head ||
+           atomic_load_explicit(&p->waiters, memory_order_relaxed);
+}
+
+void fab_session_carry_out_doom(struct fab_peer *p)
 {
     take_leftovers(p);
-    if (p->end_code == FAB_E_UNREACHABLE)
-        fab_bar(p->engine, p); /* S6; a peer that said BYE (FAB_E_CLOSED) may come again */
+    if (anybody_told(p))
+        fab_bar(p->engine, p);
     fab_session_end(p, FAB_E_UNREACHABLE, p->end_text, true);
 }
 
@@ -223,7 +233,7 @@ int fab_session_serve(struct fab_peer *p)
 {
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     if (p->ending && (state == FAB_P_UP || state == FAB_P_CONNECTING)) {
-        carry_out_doom(p);
+        fab_session_carry_out_doom(p);
         return 1;
     }
     if (state != FAB_P_UP && state != FAB_P_CONNECTING)
@@ -261,10 +271,11 @@ void fab_session_tick(struct fab_peer *p)
         fab_handshake_tick(p);
         break;
     case FAB_P_UP:
-        if (!business) {
-            p->last_heard = e->now; /* silence counts from when there is business */
+        if (business && !p->in_business)
+            p->last_heard = p->last_ping = e->now; /* silence counts from here */
+        p->in_business = business;
+        if (!business)
             break;
-        }
         fab_transfers_check_deadlines(p);
         check_silence(p);
         fab_peer_busy(p);

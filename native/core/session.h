@@ -13,6 +13,8 @@
 void fab_session_start(struct fab_peer *peer);
 /* The session is to end in this turn. The first reason is kept. */
 void fab_session_doom(struct fab_peer *peer, int code, const char *text);
+/* Ends a doomed session, and bars the peer if somebody here is told so. */
+void fab_session_carry_out_doom(struct fab_peer *peer);
 /* Ends it now: transfers drain, lanes are closed. */
 void fab_session_end(struct fab_peer *peer, int code, const char *text, bool goodbye);
 /* Control frames that are due, retransmission, the end of doomed sessions. Returns how many

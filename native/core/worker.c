@@ -18,7 +18,6 @@
 #include "transfer.h"
 
 #define SPINS_PER_YIELD 64
-#define TURNS_PER_CLOCK 32
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define HELPER_ARM_TRIES 8
 
@@ -169,6 +168,7 @@ int fab_serve(struct fab_engine *e)
 
 int fab_turn(struct fab_engine *e)
 {
+    e->now = fab_now(); /* deadlines start from it: never from before a sleep */
     int n = take_commands(e);
     for (uint32_t i = 0; i < e->nic_count; i++) {
         int got = e->nics[i]->provider->poll(e->nics[i], FAB_EVENTS_PER_TURN);
@@ -178,12 +178,8 @@ int fab_turn(struct fab_engine *e)
         n += fab_newcomers_serve(e);
     if (e->busy)
         n += fab_serve(e);
-    if (!n || ++e->turns_since_clock >= TURNS_PER_CLOCK) {
-        e->turns_since_clock = 0;
-        e->now = fab_now();
-        if (e->now >= e->next_tick)
-            tick(e);
-    }
+    if (e->now >= e->next_tick)
+        tick(e);
     return n;
 }
 

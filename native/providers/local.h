@@ -35,6 +35,7 @@
 #define LOCAL_NAME_BYTES 16                  /* of the listening socket: random */
 #define LOCAL_ORIGINS 64                     /* connections that are not lanes yet */
 #define LOCAL_ORIGIN_NS INT64_C(5000000000)  /* how long one may stay silent */
+#define LOCAL_ORIGIN_SAFE_NS INT64_C(100000000) /* and how long it keeps its place in a crowd */
 #define LOCAL_BACKLOG 1024
 #define LOCAL_ACCEPTS 16                     /* of one sweep */
 #define LOCAL_EVENTS 32                      /* epoll events of one sweep */

@@ -1,8 +1,9 @@
 /* Connections that are not lanes yet.
  *
  * Contract
- * - There are at most LOCAL_ORIGINS. A newcomer takes the place of the one that has been silent
- *   longest; where the core holds all of them, it is refused.
+ * - There are at most LOCAL_ORIGINS. In a crowd a newcomer takes the place of the one that has
+ *   been silent longest, if that had its chance, and else stays in the listener's backlog. Where
+ *   the core holds all of them it is refused.
  * - A waiting origin is closed after LOCAL_ORIGIN_NS. Its SETUP comes first and is kept; its
  *   first frame goes to sink->hello and makes it *claimed*.
  * - From a claimed one nothing is read: what its peer sends meanwhile waits in the socket for
@@ -33,10 +34,11 @@ static void forget_setup(struct fab_origin *origin)
     origin->set_up = false;
 }
 
-/* A free place, made if need be; NULL: all are claimed. */
-static struct fab_origin *find_place(struct local_nic *nic)
+/* A free place, made if need be. NULL: there is none; `crowded` tells that one is due soon. */
+static struct fab_origin *find_place(struct local_nic *nic, int64_t now, bool *crowded)
 {
     struct fab_origin *oldest = NULL;
+    *crowded = false;
     for (uint32_t i = 0; i < LOCAL_ORIGINS; i++) {
         struct fab_origin *origin = &nic->origins[i];
         if (origin->state == LOCAL_O_FREE)
@@ -44,18 +46,23 @@ static struct fab_origin *find_place(struct local_nic *nic)
         if (origin->state == LOCAL_O_WAITING && (!oldest || origin->deadline < oldest->deadline))
             oldest = origin;
     }
-    if (oldest)
-        fab_local_origin_close(nic, oldest);
+    if (!oldest)
+        return NULL;
+    *crowded = now < oldest->deadline - LOCAL_ORIGIN_NS + LOCAL_ORIGIN_SAFE_NS;
+    if (*crowded)
+        return NULL;
+    fab_local_origin_close(nic, oldest);
     return oldest;
 }
 
 int fab_local_origin_accept(struct local_nic *nic, int64_t now)
 {
-    struct local_end end;
-    int n = 0;
-    while (n < LOCAL_ACCEPTS && fab_local_accept(nic, &end) > 0) {
-        n++;
-        struct fab_origin *origin = find_place(nic);
+    for (int n = 0; n < LOCAL_ACCEPTS; n++) {
+        bool crowded;
+        struct local_end end;
+        struct fab_origin *origin = find_place(nic, now, &crowded);
+        if (crowded || fab_local_accept(nic, &end) <= 0)
+            return n;
         if (!origin) {
             fab_local_end_close(&end);
             continue;
@@ -66,7 +73,7 @@ int fab_local_origin_accept(struct local_nic *nic, int64_t now)
         fab_local_watch(nic, EPOLL_CTL_ADD, end.sock, EPOLLIN, LOCAL_E_ORIGIN,
                         index_of(nic, origin));
     }
-    return n;
+    return LOCAL_ACCEPTS;
 }
 
 /* The connection is of no use any more. */
@@ -106,6 +113,24 @@ static int take_hello(struct local_nic *nic, struct fab_origin *origin,
     return 0;
 }
 
+/* Reads one packet. 1: one of ours, go on; 0: enough; else the connection is of no use. */
+static int read_packet(struct local_nic *nic, struct fab_origin *origin)
+{
+    struct local_packet *packet = &nic->packet;
+    struct local_note note;
+    int rc = fab_local_receive(origin->end.sock, packet);
+    if (rc <= 0)
+        return rc;
+    if (fab_local_is_note(packet, &note)) {
+        rc = take_setup(origin, &note, packet);
+        rc = rc ? rc : 1;
+    } else {
+        rc = take_hello(nic, origin, packet);
+    }
+    fab_local_packet_drop(packet);
+    return rc;
+}
+
 int fab_local_origin_event(struct local_nic *nic, struct fab_origin *origin)
 {
     if (origin->state == LOCAL_O_FREE)
@@ -114,14 +139,9 @@ int fab_local_origin_event(struct local_nic *nic, struct fab_origin *origin)
         end_origin(nic, origin);
         return 1;
     }
-    struct local_packet *packet = &nic->packet;
-    int rc = fab_local_receive(origin->end.sock, packet);
-    if (rc > 0) {
-        struct local_note note;
-        rc = fab_local_is_note(packet, &note) ? take_setup(origin, &note, packet)
-                                              : take_hello(nic, origin, packet);
-        fab_local_packet_drop(packet);
-    }
+    int rc = read_packet(nic, origin);
+    if (rc > 0) /* SETUP and hello are sent together */
+        rc = read_packet(nic, origin);
     if (rc < 0)
         end_origin(nic, origin);
     return 1;

@@ -65,6 +65,8 @@ static int open_pidfd(int sock, pid_t pid)
     /* Names the process that connected even when its pid has been used again. */
     if (getsockopt(sock, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &length) == 0)
         return pidfd;
+    if (errno != ENOPROTOOPT)
+        return -errno;
     pidfd = (int)syscall(SYS_pidfd_open, pid, 0U);
     return pidfd < 0 ? -errno : pidfd;
 }

@@ -30,6 +30,7 @@
 #define WAIT_NS INT64_C(20000000000)
 #define WRS 32       /* of one post */
 #define STAMPS 20000 /* of the test of order */
+#define CROWD 150    /* of the test of many lanes: more than there is room for origins */
 
 static const struct fab_provider *const provider = &fab_provider_local;
 static char reason[512];
@@ -152,6 +153,9 @@ static struct {
     bool hold_origin;
     struct fab_origin *held;
     uint32_t hellos, gone;
+    bool crowd; /* let everybody in */
+    struct fab_lane *guests[CROWD];
+    uint32_t guest_count, welcomes;
 } me;
 
 static void on_imm(struct fab_lane *lane, uint32_t imm, uint32_t times)
@@ -207,6 +211,7 @@ static void on_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t lengt
         return;
     }
     me.welcomed |= f.type == T_WELCOME;
+    me.welcomes += f.type == T_WELCOME;
     me.bye |= f.type == T_BYE;
     if (f.type == T_CHALLENGE)
         send_frame(T_HELLO, NULL, 0);
@@ -223,7 +228,13 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, const uint8
     me.hellos++;
     if (length == sizeof f)
         memcpy(&f, bytes, sizeof f);
-    if (f.type != T_HELLO || me.lane) {
+    if (me.crowd) {
+        struct fab_lane *lane;
+        CHECK(provider->lane_open(nic, origin, &lane) == 0, "lane_open");
+        f.type = T_WELCOME;
+        CHECK(provider->lane_send(lane, (uint8_t *)&f, sizeof f, NULL) == 0, "welcome");
+        me.guests[me.guest_count++] = lane;
+    } else if (f.type != T_HELLO || me.lane) {
         provider->origin_drop(nic, origin);
     } else if (me.hold_origin) {
         me.held = origin;
@@ -421,6 +432,7 @@ struct setup {
     bool src_shared;
     bool grants; /* the driver grants its own dst to the server */
     bool in_order;
+    bool sleeps; /* the echo server blocks when it has nothing to do */
     uint32_t challenges;
     const char *mode; /* FABRIC_LOCAL_PULL */
     void (*server)(const struct setup *); /* instead of the usual one */
@@ -473,18 +485,21 @@ static void write_for_ever(uint32_t bytes)
     }
 }
 
+/* Until something happens, or for `ms`. */
+static void block_on_nic(int ms)
+{
+    if (poll_nic() || provider->arm(me.nic))
+        return;
+    struct pollfd look = {.fd = me.nic->wait_fd, .events = POLLIN};
+    poll(&look, 1, ms);
+    provider->disarm(me.nic);
+}
+
 static void sleep_on_nic(uint32_t ms)
 {
     int64_t end = now_ns() + (int64_t)ms * 1000000;
-    while (now_ns() < end) {
-        while (poll_nic())
-            ;
-        if (provider->arm(me.nic))
-            continue;
-        struct pollfd look = {.fd = me.nic->wait_fd, .events = POLLIN};
-        poll(&look, 1, (int)((end - now_ns()) / 1000000) + 1);
-        provider->disarm(me.nic);
-    }
+    while (now_ns() < end)
+        block_on_nic((int)((end - now_ns()) / 1000000) + 1);
 }
 
 static void fork_grandchild(void)
@@ -621,6 +636,13 @@ static void kill_server(void)
     waitpid(server_pid, NULL, 0);
     close(line);
     line = -1;
+}
+
+static void stop_server(void)
+{
+    kill(server_pid, SIGSTOP);
+    int status;
+    waitpid(server_pid, &status, WUNTRACED);
 }
 
 static void quit(void)
@@ -864,6 +886,51 @@ static void test_sleep(void)
     quit();
 }
 
+/* Answers every immediate with one. */
+static void echo_server(const struct setup *setup)
+{
+    open_nic();
+    open_region(&me.dst, setup->dst_bytes, true, 11);
+    open_region(&me.src, setup->src_bytes, true, 12);
+    tell(me.nic->info.blob, LOCAL_NAME_BYTES);
+    AWAIT(me.lane, "nobody connects");
+    send_frame(T_GRANT, &me.dst, 0);
+    AWAIT(me.remote, "no grant");
+    for (uint64_t seen = 0; !me.down;) {
+        if (setup->sleeps)
+            block_on_nic(5000);
+        poll_nic();
+        while (seen < me.imms && !me.down) {
+            struct fab_wr wr = new_wr(0, 0, 8, 1);
+            seen += provider->post(me.lane, &wr, 1) > 0;
+        }
+    }
+    close_all();
+}
+
+/* Both sides block between any two messages: no wake may be lost. */
+static void test_sleepers(void)
+{
+    enum { ROUNDS = 4000 };
+    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB,
+                          .grants = true, .sleeps = true, .server = echo_server};
+    begin(&setup);
+    int64_t slowest = 0;
+    for (uint64_t i = 0; i < ROUNDS; i++) {
+        int64_t began = now_ns();
+        struct fab_wr wr = new_wr(0, 0, 8, 1);
+        CHECK(provider->post(me.lane, &wr, 1) == 1, "post");
+        while (me.imms <= i && now_ns() - began < WAIT_NS)
+            block_on_nic(5000);
+        slowest = now_ns() - began > slowest ? now_ns() - began : slowest;
+    }
+    CHECK(me.imms == ROUNDS, "%llu immediates", (unsigned long long)me.imms);
+    CHECK(slowest < INT64_C(2000000000), "one took %lld us", (long long)slowest / 1000);
+    close_all();
+    waitpid(server_pid, NULL, 0);
+    close(line);
+}
+
 /* Thousands of frames in order, also when the socket is full. */
 static void test_frames(void)
 {
@@ -952,33 +1019,28 @@ static void test_fence(void)
 
 /* A stopped writer: either it is outside and the fence is done at once, or it is inside and the
  * fence is pending until it goes on. */
-static void stop_once(bool shared, int *inside, int *outside)
+static void stop_writer(int *inside, int *outside)
 {
-    struct setup setup = {.dst_shared = shared, .dst_bytes = MIB, .src_bytes = MIB,
-                          .grants = true};
+    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB, .grants = true};
     begin(&setup);
     order((struct order){.type = O_WRITE, .value = next_random() % 2 ? 64 : MIB});
     int64_t end = now_ns() + (int64_t)(next_random() % 3000000) + 1000000;
     while (now_ns() < end)
         poll_nic();
-    kill(server_pid, SIGSTOP);
-    int status;
-    waitpid(server_pid, &status, WUNTRACED);
+    stop_server();
     int rc = provider->lane_close(me.lane);
     uint8_t *copy = malloc(me.dst.length);
     memcpy(copy, me.dst.base, me.dst.length);
     CHECK(rc == 0 || rc == -EINPROGRESS, "lane_close %d", rc);
     if (rc) {
-        *inside += 1;
         sleep_ms(5);
         CHECK(provider->lane_close(me.lane) == -EINPROGRESS, "it is still inside");
-    } else {
-        *outside += 1;
-        me.lane = NULL;
     }
+    *(rc ? inside : outside) += 1;
     kill(server_pid, SIGCONT);
     if (rc && close_lane())
         memcpy(copy, me.dst.base, me.dst.length);
+    me.lane = NULL;
     sleep_ms(20);
     CHECK(memcmp(copy, me.dst.base, me.dst.length) == 0, "bytes land after the fence");
     free(copy);
@@ -986,13 +1048,48 @@ static void stop_once(bool shared, int *inside, int *outside)
     close_all();
 }
 
+/* The same for a stopped owner that copies from our source: when the lane is closed the source
+ * may be reused. */
+static void stop_owner(const char *mode, int *inside, int *outside)
+{
+    struct setup setup = {.dst_bytes = 8 * MIB, .src_bytes = 8 * MIB, .mode = mode};
+    begin(&setup);
+    memset(me.src.base, 1, 8 * MIB);
+    struct fab_wr wr = new_wr(0, 0, 8 * MIB, 1);
+    post_all(&wr, 1);
+    int64_t end = now_ns() + (int64_t)(next_random() % 800000);
+    while (now_ns() < end)
+        poll_nic();
+    stop_server();
+    int rc = provider->lane_close(me.lane);
+    CHECK(rc == 0 || rc == -EINPROGRESS, "lane_close %d", rc);
+    *(rc ? inside : outside) += 1;
+    if (rc) {
+        CHECK(me.done == 0, "reported while the owner may still read");
+        kill(server_pid, SIGCONT);
+        close_lane();
+    }
+    CHECK(me.done == 1, "%llu reported", (unsigned long long)me.done);
+    me.lane = NULL;
+    memset(me.src.base, 2, 8 * MIB); /* poison */
+    kill(server_pid, SIGCONT);
+    sleep_ms(10);
+    struct report r = order((struct order){.type = O_SCAN, .value = 2});
+    CHECK(r.ok, "reused source memory was copied");
+    quit();
+}
+
 static void test_stop(void)
 {
     int inside = 0, outside = 0;
-    for (int i = 0; i < 24; i++)
-        stop_once(true, &inside, &outside);
-    printf("  stopped inside a copy: %d, outside: %d\n", inside, outside);
+    for (int i = 0; i < 16; i++)
+        stop_writer(&inside, &outside);
+    printf("  writer stopped inside a copy: %d, outside: %d\n", inside, outside);
     CHECK(inside && outside, "both cases should come up");
+    inside = outside = 0;
+    for (int i = 0; i < 16; i++)
+        stop_owner(i % 2 ? "staged" : NULL, &inside, &outside);
+    printf("  owner stopped inside a copy: %d, outside: %d\n", inside, outside);
 }
 
 /* The asker closes while the owner copies: its sources may be reused at once. */
@@ -1245,6 +1342,38 @@ static void test_origin_gone(void)
     close_all();
 }
 
+/* More newcomers at once than there are places for; all of them in one process. */
+static void test_crowd(void)
+{
+    static struct fab_lane *hosts[CROWD];
+    memset(&me, 0, sizeof me);
+    open_nic();
+    me.crowd = true;
+    struct frame f = {.magic = 0xFAB1, .type = T_HELLO};
+    for (int i = 0; i < CROWD; i++) {
+        CHECK(provider->lane_open(me.nic, NULL, &hosts[i]) == 0, "lane_open");
+        int rc = provider->lane_connect(hosts[i], me.nic->info.blob, LOCAL_NAME_BYTES);
+        CHECK(rc == 0, "lane_connect %d", rc);
+        rc = provider->lane_send(hosts[i], (uint8_t *)&f, sizeof f, NULL);
+        CHECK(rc == 0, "hello %d", rc);
+    }
+    AWAIT(me.welcomes == CROWD, "%u welcomes", me.welcomes);
+    for (uint32_t round = 0; round < 100; round++) {
+        struct fab_wr wr = {.imm = round, .flags = FAB_WR_IMM};
+        for (int i = 0; i < CROWD; i++) {
+            CHECK(provider->post(hosts[i], &wr, 1) == 1, "post there");
+            CHECK(provider->post(me.guests[i], &wr, 1) == 1, "post back");
+        }
+        AWAIT(me.imms == (round + 1) * 2 * CROWD, "%llu immediates",
+              (unsigned long long)me.imms);
+    }
+    for (int i = 0; i < CROWD; i++) {
+        CHECK(provider->lane_close(hosts[i]) == 0, "close");
+        CHECK(provider->lane_close(me.guests[i]) == 0, "close");
+    }
+    close_all();
+}
+
 static void test_options(void)
 {
     struct fab_nic *nic;
@@ -1280,26 +1409,8 @@ static void test_fork(void)
     quit();
 }
 
-/* ---- rough figures ---- */
 
-static void echo_server(const struct setup *setup)
-{
-    open_nic();
-    open_region(&me.dst, setup->dst_bytes, true, 11);
-    open_region(&me.src, setup->src_bytes, true, 12);
-    tell(me.nic->info.blob, LOCAL_NAME_BYTES);
-    AWAIT(me.lane, "nobody connects");
-    send_frame(T_GRANT, &me.dst, 0);
-    AWAIT(me.remote, "no grant");
-    for (uint64_t seen = 0; !me.down;) {
-        poll_nic();
-        while (seen < me.imms && !me.down) {
-            struct fab_wr wr = new_wr(0, 0, 8, 1);
-            seen += provider->post(me.lane, &wr, 1) > 0;
-        }
-    }
-    close_all();
-}
+/* ---- rough figures ---- */
 
 static int compare(const void *a, const void *b)
 {
@@ -1398,6 +1509,7 @@ static const struct {
     {"ring_full", test_ring_full},
     {"room_wakes", test_room_wakes},
     {"sleep", test_sleep},
+    {"sleepers", test_sleepers},
     {"frames", test_frames},
     {"kill", test_kill},
     {"fence", test_fence},
@@ -1410,6 +1522,7 @@ static const struct {
     {"scribble", test_scribble},
     {"challenge", test_challenge},
     {"origin_gone", test_origin_gone},
+    {"crowd", test_crowd},
     {"fork", test_fork},
 };
 
