@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +15,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvtransfer import KvLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 VOCAB = 4096
 PAGE_TOKENS = 16

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _pd_model import Generated
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Span = list[float]
 
@@ -94,7 +97,7 @@ def size(count: float) -> str:
 
 
 def verdict(run: Run, expected: Generated) -> str:
-    """ "equal" where the tokens are and their logits are within `MAX_DEVIATION`."""
+    """Say `EQUAL` where the tokens are and their logits are within `MAX_DEVIATION`."""
     deviation = expected.deviation(Generated(run.tokens, run.logits))
     if math.isinf(deviation):
         return "DIFFERENT"

@@ -1,7 +1,7 @@
-"""The demo's two worker processes. Run by pd_demo.py as: _pd_roles.py prefill|decode OPTIONS
+"""The demo's two worker processes.
 
-Each speaks JSON lines: events on stdout, commands on stdin. The end of stdin ends the process, so
-that none outlives the parent.
+Run by pd_demo.py as ``_pd_roles.py prefill|decode OPTIONS``. Each speaks JSON lines: events on
+stdout, commands on stdin. The end of stdin ends the process, so that none outlives the parent.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ def prefill_main(options: Options, commands: Commands) -> None:
 
 def decode_main(options: Options, commands: Commands) -> None:
     """Submit all requests at once; decode each when its counter says that it is complete."""
-    import fabric
     import torch
     from _pd_model import Workload, cache_from_pages, decode, fingerprint
 
+    import fabric
     from kvtransfer import Arrival, Decoder, PagePool, expected_ranges, payload_bytes
 
     workload = Workload(**options.workload)

@@ -6,6 +6,7 @@ import fabric
 
 
 def writer(descriptor: bytes, counter: int) -> None:
+    """Write five bytes and count them as one."""
     with fabric.TransferEngine() as engine:
         source = engine.alloc(4096)
         source.numpy()[:5] = list(b"hello")

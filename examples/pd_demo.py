@@ -20,9 +20,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HERE = Path(__file__).resolve().parent
 
@@ -201,6 +203,7 @@ def described(options: argparse.Namespace) -> str:
 
 
 def main() -> int:
+    """Run the demo; returns the exit status."""
     options = parse()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -39,6 +39,16 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _free_in(pid: int) -> Callable[[Any], None]:
+    """Return what frees a C engine; never in a forked child, where its locks may be held."""
+
+    def free(ptr: Any, free: Any = lib.fab_engine_free, getpid: Any = os.getpid) -> None:
+        if getpid() == pid:
+            free(ptr)
+
+    return free
+
+
 class Core:
     """What the objects of one engine share.
 
@@ -52,7 +62,9 @@ class Core:
     """
 
     def __init__(self, ptr: Any) -> None:
-        self.ptr = ptr
+        # Not freed by __del__: the garbage collector calls that of objects which refer to us, and
+        # which call C there, in any order. What ffi.gc() does comes after all of them.
+        self.ptr = ffi.gc(ptr, _free_in(os.getpid()))
         self.address: Address
         self.closed = False
         self.forked = False
@@ -65,11 +77,6 @@ class Core:
             weakref.WeakKeyDictionary()
         )
         _cores.add(self)
-
-    def __del__(self, free: Callable[[Any], None] = lib.fab_engine_free) -> None:
-        # In a forked child the memory is the parent's copy, and its locks may be held for ever.
-        if not self.forked:
-            free(self.ptr)
 
     def check_open(self) -> None:
         """Refuse to go on with a closed engine.

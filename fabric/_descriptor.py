@@ -51,7 +51,7 @@ class _Import:
 
     def __del__(self, release: Any = lib.fab_remote_release) -> None:
         core = self.core()
-        if core is not None and not core.closed:
+        if core is not None and not core.forked:
             release(core.ptr, self.handle)
 
 

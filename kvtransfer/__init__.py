@@ -16,7 +16,7 @@ from .errors import (
 from .layout import KvLayout
 from .plan import LayerWrite, expected_ranges, layer_write, page_rows, payload_bytes
 from .pool import PagePool
-from .prefill import PrefillJob, Prefiller
+from .prefill import Prefiller, PrefillJob
 from .request import Request
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import msgpack
+
 from fabric import WireError
 
 from ._fields import Fields

@@ -9,7 +9,6 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fabric import (
@@ -30,6 +29,8 @@ from .plan import expected_ranges
 from .request import ID_BYTES, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fabric import ImmCounter, Transfer, TransferEngine
 
     from .layout import KvLayout
@@ -218,8 +219,10 @@ class Arrival:
                 self._state = _State.ARRIVED
 
     def _is_gone(self, error: FabricError) -> bool:
-        """Whether a wait ended because there is no prefiller. Other errors than those that only
-        mean "look again" are raised."""
+        """Whether a wait ended because there is no prefiller.
+
+        Errors that mean neither that nor "look again" are raised.
+        """
         if self._over.is_set() or isinstance(error, CounterVoid):
             return False
         if isinstance(error, PeerUnreachable):
@@ -267,6 +270,7 @@ class Decoder:
         self._max_requests = max_requests
         self._lock = threading.RLock()
         self._arrivals: dict[bytes, Arrival] = {}
+        self._granted: set[Address] = set()  # who has keys of ours
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="kv-decoder", daemon=True)
         self._thread.start()
@@ -329,6 +333,7 @@ class Decoder:
             fenced = [a for a in self._arrivals.values() if a.prefiller == prefiller]
         try:
             self.engine.disconnect(prefiller)
+            self._revoke(prefiller)
         except FabricError as error:
             for arrival in fenced:
                 self._give_up(arrival, error)
@@ -382,11 +387,11 @@ class Decoder:
                 model=self.model,
                 layout=self.layout,
                 decoder=self.engine.address,
-                kv=self.pool.region.descriptor,
+                kv=self.pool.region.descriptor_for(prefiller),
                 capacity=self.pool.capacity,
                 pages=pages,
                 counter=counter.id,
-                tail=None if self._tails is None else self._tails.region.descriptor,
+                tail=None if self._tails is None else self._tails.region.descriptor_for(prefiller),
                 tail_offset=slot[0] * tail_stride(self.tail_bytes) if slot else 0,
                 tail_bytes=self.tail_bytes,
                 prompt=tuple(prompt),
@@ -395,8 +400,23 @@ class Decoder:
             )
             arrival = Arrival(self, prefiller, request, counter, slot)
             self._arrivals[request.id] = arrival
+            self._granted.add(prefiller)
             undo.pop_all()
         return arrival
+
+    def _revoke(self, prefiller: Address) -> None:
+        """Take back the prefiller's keys.
+
+        A session can be opened again; without this, a prefiller that was only slow could then go
+        on writing with the descriptors of requests whose pages are free.
+        """
+        with self._lock:
+            known = prefiller in self._granted
+            self._granted.discard(prefiller)
+        if known:
+            self.engine.deregister(self.pool.region.descriptor_for(prefiller))
+            if self._tails is not None:
+                self.engine.deregister(self._tails.region.descriptor_for(prefiller))
 
     def _tail(self, slot: tuple[int, ...], size: int) -> memoryview:
         if self._tails is None:

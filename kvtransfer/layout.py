@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 
 import msgpack
+
 from fabric import InvalidArgument
 
 ITEM_BYTES = {

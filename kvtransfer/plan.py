@@ -8,13 +8,14 @@ never how many there are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .layout import KvLayout
     from .request import Request
 
@@ -59,8 +60,12 @@ def layer_write(
     """The write of pages `first` up to `end` (of the request's list) of one layer.
 
     Args:
+        request: says where the pages go.
+        layer: which layer.
         src_pages: where the prefiller keeps them, one for each page of the request.
         src_capacity: pages of the prefiller's region.
+        first: the first page, counted in the request's list.
+        end: the one after the last; None for the list's end.
     """
     layout = request.layout
     return LayerWrite(
@@ -82,4 +87,6 @@ def expected_ranges(request: Request) -> int:
 def payload_bytes(request: Request) -> int:
     """Bytes that the prefiller writes for the request."""
     layout = request.layout
-    return layout.layers * layout.parts * len(request.pages) * layout.page_bytes + request.tail_bytes
+    return (
+        layout.layers * layout.parts * len(request.pages) * layout.page_bytes + request.tail_bytes
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fabric import InvalidArgument
@@ -11,6 +10,8 @@ from fabric import InvalidArgument
 from .errors import PoolExhausted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fabric import MemoryRegion
 
 

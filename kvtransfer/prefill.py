@@ -7,10 +7,10 @@ import contextlib
 import logging
 import threading
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from fabric import (
     EngineClosed,
     FabricError,
@@ -27,6 +27,8 @@ from .plan import layer_write
 from .request import Request
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from fabric import Peer, Transfer, TransferEngine
 
     from .layout import KvLayout
@@ -349,7 +351,8 @@ class Prefiller:
 
     def _write_tail(self, job: PrefillJob, tail: bytes | memoryview) -> Transfer:
         request = job.request
-        assert self._tails is not None and request.tail is not None
+        assert self._tails is not None  # a request with a tail is refused where there is none
+        assert request.tail is not None
         offset = job._slot[0] * tail_stride(self.tail_bytes)
         staged = self._tails.region.numpy()[offset : offset + request.tail_bytes]
         staged[:] = np.frombuffer(tail, dtype=np.uint8)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
+
 from fabric import Address, Descriptor, InvalidArgument, WireError
 
 from ._fields import Fields
 from .layout import BOUNDS, MAX_CAPACITY, KvLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 _T = TypeVar("_T")
 
@@ -145,7 +148,7 @@ class Request:
             raise WireError(f"capacity: {self.capacity} pages are more than a region can have")
         if not self.pages:
             raise WireError("pages: none")
-        if not (0 <= min(self.pages) and max(self.pages) < self.capacity):
+        if not (min(self.pages) >= 0 and max(self.pages) < self.capacity):
             raise WireError(f"pages: an index is outside the region's {self.capacity} pages")
         if len(set(self.pages)) != len(self.pages):
             raise WireError("pages: a page is listed twice")
@@ -166,7 +169,6 @@ class Request:
                 f"tail_offset: {self.tail_bytes} bytes at {self.tail_offset} are outside the "
                 f"descriptor's {self.tail.nbytes}"
             )
-
 
     def _check_owner(self) -> None:
         for name, descriptor in (("kv", self.kv), ("tail", self.tail)):

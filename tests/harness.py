@@ -171,6 +171,11 @@ class Node:
 
     # What most tests do with an engine.
 
+    @property
+    def id(self) -> bytes:
+        """The id of the engine, by which senders of messages are known."""
+        return fabric.Address.from_bytes(self.address).id
+
     def open(self, provider: str, nics: Sequence[str] | None = None, **options: Any) -> Node:
         """Open the engine of this node."""
         self.address = self.call(commands.open_engine, self.name, provider, nics, options)

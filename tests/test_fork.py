@@ -44,7 +44,6 @@ def test_use_after_fork(farm: Farm) -> None:
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
     b.counter("five", 5)
-    a.write("src", descriptor, length=0)
     wrong, status = a.call(use_in_child, descriptor, b.address)
     assert wrong == {}
     assert status == 7
@@ -90,7 +89,8 @@ def test_an_engine_of_the_childs_own(farm: Farm) -> None:
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
     imm = b.counter("count")
-    a.write("src", descriptor, length=0)
+    a.write("src", descriptor)
+    b.refill("dst", 2)
     assert a.call(write_in_child, descriptor, imm) == 0
     assert b.settled("count", 1) == 1
     assert b.differs("dst", 3) == ""

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fabric import InvalidArgument
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fabric import InvalidArgument
 from kvtransfer import PagePool, PoolExhausted
 
 CAPACITY = 12
@@ -94,10 +94,10 @@ def test_a_page_listed_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_pool_has_pages(capacity: int) -> None:
-    with pytest.raises(InvalidArgument, match="^capacity:"):
+    with pytest.raises(InvalidArgument, match=r"^capacity:"):
         PagePool(REGION, capacity)
 
 
 def test_a_negative_count_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="^count:"):
+    with pytest.raises(InvalidArgument, match=r"^count:"):
         PagePool(REGION, 4).take(-1)

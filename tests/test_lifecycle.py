@@ -129,7 +129,8 @@ LEAVE = """
 import sys, threading
 import numpy as np
 import fabric
-engine = fabric.TransferEngine(provider=sys.argv[1], nics=sys.argv[3].split() or None)
+engine = fabric.TransferEngine(provider=sys.argv[1], nics=sys.argv[3].split() or None,
+                               callbacks=True)
 source = engine.register(np.zeros(8 << 20, np.uint8))
 remote = fabric.Descriptor.from_bytes(bytes.fromhex(sys.argv[2]))
 transfers = [engine.write(source, remote) for _ in range(10)]

@@ -40,7 +40,7 @@ def send(node: State, address: bytes, message: bytes) -> None:
 def receive(node: State, timeout: float | None = 20.0) -> tuple[bytes, bytes]:
     """Receive one message."""
     sender, message = node.engine.recv(timeout=timeout)
-    return bytes(sender), bytes(message)
+    return sender.id, bytes(message)
 
 
 def send_many(node: State, address: bytes, seed: int, count: int) -> None:
@@ -66,7 +66,7 @@ def test_sizes(pair: Pair, size: int) -> None:
     a, b = pair
     message = commands.pattern(size, size).tobytes()
     a.call(send, b.address, message)
-    assert b.call(receive) == (a.address, message)
+    assert b.call(receive) == (a.id, message)
 
 
 def test_too_long(pair: Pair) -> None:
@@ -74,7 +74,7 @@ def test_too_long(pair: Pair) -> None:
     with pytest.raises(fabric.InvalidArgument, match=rf"(?s){LONGEST + 1}.*{LONGEST}"):
         a.call(send, b.address, bytes(LONGEST + 1))
     a.call(send, b.address, b"good")
-    assert b.call(receive) == (a.address, b"good")
+    assert b.call(receive) == (a.id, b"good")
 
 
 def send_kinds(node: State, address: bytes) -> None:
@@ -98,8 +98,8 @@ def test_many_in_both_directions(pair: Pair, seed: int) -> None:
         b.start(send_many, a.address, seed + 1, count, thread=True),
     ]
     receiving = [
-        a.start(receive_many, {b.address: seed + 1}, count),
-        b.start(receive_many, {a.address: seed}, count),
+        a.start(receive_many, {b.id: seed + 1}, count),
+        b.start(receive_many, {a.id: seed}, count),
     ]
     for pending in sending + receiving:
         pending.result(90.0)
@@ -108,9 +108,9 @@ def test_many_in_both_directions(pair: Pair, seed: int) -> None:
 def test_order_per_peer(trio: Trio, seed: int) -> None:
     a, b, c = trio
     count = 300
-    seeds = {a.address: seed, c.address: seed + 1}
+    seeds = {a.id: seed, c.id: seed + 1}
     sending = [
-        node.start(send_many, b.address, seeds[node.address], count, thread=True) for node in (a, c)
+        node.start(send_many, b.address, seeds[node.id], count, thread=True) for node in (a, c)
     ]
     assert b.call(receive_many, seeds, 2 * count) == dict.fromkeys(seeds, count)
     for pending in sending:
@@ -132,16 +132,16 @@ def test_back_pressure(pair: Pair, seed: int) -> None:
     """Nobody receives: sending stops at a bound, and what was taken arrives."""
     a, b = pair
     a.call(send, b.address, payload(seed, 0))
-    assert b.call(receive_many, {a.address: seed}, 1) == {a.address: 1}
+    assert b.call(receive_many, {a.id: seed}, 1) == {a.id: 1}
     count = a.call(fill_up, b.address, seed)
     assert 0 < count < 100_000, "the queue has no bound"
     blocked = a.start(send, b.address, payload(seed, count), thread=True)
     time.sleep(0.3)
     assert not blocked.done(), "a send that must wait for room came back"
-    assert b.call(receive_many, {a.address: seed}, count + 1) == {a.address: count + 1}
+    assert b.call(receive_many, {a.id: seed}, count + 1) == {a.id: count + 1}
     blocked.result()
     a.call(send, b.address, b"after")
-    assert b.call(receive) == (a.address, b"after")
+    assert b.call(receive) == (a.id, b"after")
 
 
 def test_a_full_receiver_still_takes_writes(pair: Pair, seed: int) -> None:
@@ -155,8 +155,8 @@ def test_a_full_receiver_still_takes_writes(pair: Pair, seed: int) -> None:
     assert b.settled("count", 1) == 1
     assert b.differs("dst", 1) == ""
     b.call(send, a.address, b"back")
-    assert a.call(receive) == (b.address, b"back")
-    b.call(receive_many, {a.address: seed}, count)
+    assert a.call(receive) == (b.id, b"back")
+    b.call(receive_many, {a.id: seed}, count)
 
 
 def test_nothing_to_receive(pair: Pair) -> None:
@@ -172,7 +172,7 @@ def test_a_message_before_anybody_receives(pair: Pair) -> None:
     a, b = pair
     a.call(send, b.address, b"early")
     time.sleep(0.2)
-    assert b.call(receive, 5.0) == (a.address, b"early")
+    assert b.call(receive, 5.0) == (a.id, b"early")
 
 
 def test_a_waiting_receiver_is_woken(pair: Pair) -> None:
@@ -180,7 +180,7 @@ def test_a_waiting_receiver_is_woken(pair: Pair) -> None:
     waiting = b.start(receive, thread=True)
     time.sleep(0.3)
     a.call(send, b.address, b"wake up")
-    assert waiting.result(2.0) == (a.address, b"wake up")
+    assert waiting.result(2.0) == (a.id, b"wake up")
 
 
 def receive_async(node: State, seeds: dict[bytes, int], count: int) -> dict[bytes, int]:
@@ -196,7 +196,7 @@ def receive_async(node: State, seeds: dict[bytes, int], count: int) -> dict[byte
 
     async def take() -> None:
         async for sender, message in node.engine.messages():
-            key = bytes(sender)
+            key = sender.id
             if bytes(message) != payload(seeds[key], come[key]):
                 raise AssertionError(f"message {come[key]} is wrong: {len(message)} bytes")
             come[key] += 1
@@ -216,18 +216,18 @@ def receive_async(node: State, seeds: dict[bytes, int], count: int) -> dict[byte
 
 def test_messages_on_an_event_loop(trio: Trio, seed: int) -> None:
     a, b, c = trio
-    seeds = {a.address: seed, c.address: seed + 1}
+    seeds = {a.id: seed, c.id: seed + 1}
     receiving = b.start(receive_async, seeds, 400)
     time.sleep(0.2)
     for node in (a, c):
-        node.start(send_many, b.address, seeds[node.address], 200)
+        node.start(send_many, b.address, seeds[node.id], 200)
     assert receiving.result() == dict.fromkeys(seeds, 200)
 
 
 def test_a_message_to_one_that_is_gone(farm: Farm) -> None:
     a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
     a.call(send, b.address, b"one")
-    assert b.call(receive) == (a.address, b"one")
+    assert b.call(receive) == (a.id, b"one")
     b.kill()
     with pytest.raises(fabric.PeerUnreachable):
         a.call(send_until_it_fails, b.address)

@@ -24,7 +24,7 @@ Pair = tuple[Node, Node]
 
 def stuck_write(farm: Farm, **options: object) -> tuple[Node, Node, int]:
     """Begin a write "t" that cannot end, since the receiver is frozen and must be asked first."""
-    a, b = farm("a"), farm("b")
+    a, b = farm("a", callbacks=True), farm("b")
     imm = b.counter("count")
     a.call(commands.write_imm, b.address, imm)
     a.region("src", SIZE, 1)
@@ -390,8 +390,8 @@ def collect_callbacks(node: State, descriptor: bytes) -> list[str]:
     return sorted(called)
 
 
-def test_done_callbacks(pair: Pair) -> None:
-    a, b = pair
+def test_done_callbacks(farm: Farm) -> None:
+    a, b = farm("a", callbacks=True), farm("b")
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
     assert a.call(collect_callbacks, descriptor) == ["bad"] * 10 + ["good"] * 11

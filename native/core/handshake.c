@@ -623,10 +623,15 @@ int fab_accept_reply(fab_engine *e, int64_t token, int yes)
             continue;
         struct fab_pending n = e->newcomers[i];
         forget_newcomer(e, i);
-        if (yes)
-            answer(e, &n, settle_existing(e, &n.hello) == DROP ? DROP : ADMIT);
-        else
+        enum verdict verdict = yes ? settle_existing(e, &n.hello) : DROP;
+        if (verdict == LATER) { /* it is known meanwhile: the next turns see to it */
+            n.asking = false;
+            e->newcomers[e->newcomer_count++] = n;
+        } else if (yes) {
+            answer(e, &n, verdict);
+        } else {
             refuse(n.nic, n.origin, &n.hello, FAB_E_INVALID, "its application said no");
+        }
         rc = 0;
         break;
     }

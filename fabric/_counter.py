@@ -1,0 +1,241 @@
+"""Counters: how a receiver learns that writes have arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ._errors import CounterVoid, EngineClosed, InvalidArgument, check, error_of
+from ._native import ffi, lib
+from ._peer import Peer
+from ._values import U64_MAX, in_slices, integer, nanoseconds
+
+if TYPE_CHECKING:
+    from ._core import Core
+
+UNIT: int = lib.FAB_PIECE_UNIT
+TARGET_MAX = U64_MAX // UNIT
+Peers: TypeAlias = Iterable[Peer] | Peer | None
+
+
+class _Cells:
+    """Counters in a row, open in the C core."""
+
+    __slots__ = ("_cells", "_core", "_final", "_handle", "id")
+
+    def __init__(self, core: Core, wanted: int, count: int) -> None:
+        self._core = core
+        self._final: list[int] | None = None
+        self._handle = check(lib.fab_counter_open(core.ptr, wanted, count))
+        self.id: int = lib.fab_counter_id(core.ptr, self._handle)
+        self._cells = [lib.fab_counter_cell(core.ptr, self._handle, i) for i in range(count)]
+
+    def __del__(self) -> None:
+        if getattr(self, "_final", ()) is None and hasattr(self, "_cells"):
+            self.close()
+
+    def _value(self, index: int) -> int:
+        final = self._final
+        return int(self._cells[index][0]) // UNIT if final is None else final[index]
+
+    def close(self) -> None:
+        """Release the ids. Counts that come later are for nobody; waits raise `EngineClosed`.
+
+        A counter that is dropped is closed. Harmless to call again.
+        """
+        if self._final is None:
+            self._final = [int(cell[0]) // UNIT for cell in self._cells]
+            lib.fab_counter_close(self._core.ptr, self._handle)
+
+    def _check_open(self) -> None:
+        self._core.check_open()
+        if self._final is not None:
+            raise InvalidArgument(f"counter {self.id:#x} is closed")
+
+    def _wait(
+        self, targets: Sequence[int], timeout: float | None, peers: Peers, missing: Any
+    ) -> int:
+        """Wait for all counters at once; returns a code."""
+        self._check_open()
+        array, count = self._core.peers(peers)
+        goals = ffi.new("uint64_t[]", targets)
+        ptr, handle, n = self._core.ptr, self._handle, len(targets)
+
+        def call(slice_ns: int) -> int:
+            return lib.fab_counter_wait(ptr, handle, 0, goals, n, slice_ns, array, count, missing)
+
+        return in_slices(call, nanoseconds("timeout", timeout))
+
+    async def _reached(self, index: int, target: int, peers: Peers) -> None:
+        self._check_open()
+        array, count = self._core.peers(peers)
+
+        def watch(queue: int, tag: int) -> int:
+            return lib.fab_watch_counter(
+                self._core.ptr, queue, self._handle, index, target, array, count, tag
+            )
+
+        code = await self._core.loop_queue().wait(watch)
+        if code == 0:
+            return
+        if code == lib.FAB_E_VOID:
+            raise CounterVoid(
+                f"counter {self.id + index:#x} is void: a write under its id failed, was cancelled"
+                " or overflowed; use a fresh id"
+            )
+        if code == lib.FAB_E_CLOSED:
+            self._core.check_open()
+            raise EngineClosed(f"counter {self.id:#x} was closed during the wait")
+        # The event has a code only: a look says in words who is gone.
+        again = lib.fab_counter_wait(
+            self._core.ptr, self._handle, index, ffi.new("uint64_t[]", [target]), 1, 0, array,
+            count, ffi.NULL,
+        )  # fmt: skip
+        raise error_of(again) if again == code else error_of(code, "a peer of the wait is gone")
+
+
+class ImmCounter(_Cells):
+    """Counts the ranges that arrived under one id. Made by `TransferEngine.counter`.
+
+    Attributes:
+        id: what senders pass as ``imm``.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, core: Core, wanted: int | None) -> None:
+        number = -1 if wanted is None else integer("id", wanted, 0, lib.FAB_USER_ID_MAX)
+        super().__init__(core, number, 1)
+
+    def __repr__(self) -> str:
+        state = " closed" if self._final is not None else ""
+        return f"<ImmCounter {self.id:#x} at {self.value}{state}>"
+
+    def __enter__(self) -> ImmCounter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def value(self) -> int:
+        """Ranges that have arrived. Only grows. It is progress; `wait` is what proves bytes."""
+        return self._value(0)
+
+    def wait(self, target: int, timeout: float | None = None, peers: Peers = None) -> None:
+        """Wait until `target` ranges have arrived.
+
+        Where the target covers every range that was started under this id, all their bytes are
+        visible when this returns.
+
+        Args:
+            target: of the counter's value.
+            timeout: seconds; None waits for ever, 0 only looks.
+            peers: who the counts come from: the wait ends as soon as one of them is gone.
+
+        Raises:
+            WaitTimeout: not reached yet.
+            CounterVoid: a write under this id failed: its count proves nothing.
+            PeerUnreachable, FencePending: one of `peers` is gone; it may still be inside a write.
+            InvalidArgument: a negative target, or the counter is closed.
+        """
+        goal = integer("target", target, 0, TARGET_MAX)
+        code = self._wait((goal,), timeout, peers, ffi.NULL)
+        if code == lib.FAB_E_TIMEOUT:
+            raise error_of(code, f"counter {self.id:#x} is at {self.value} of {goal}")
+        check(code)
+
+    async def reached(self, target: int, peers: Peers = None) -> None:
+        """Wait in asyncio until `target` ranges have arrived; otherwise as `wait`.
+
+        Cancelling it, e.g. by ``asyncio.wait_for``, changes nothing else.
+        """
+        await self._reached(0, integer("target", target, 0, TARGET_MAX), peers)
+
+
+class CounterBlock(_Cells):
+    """Counters with consecutive ids, waited on together. Made by `TransferEngine.counter_block`.
+
+    Attributes:
+        id: of the first; the ids of all are ``b.ids``, and ``b[i]`` is one of them.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, core: Core, count: int) -> None:
+        super().__init__(core, -1, integer("n", count, 1, lib.FAB_MAX_COUNTERS))
+
+    def __repr__(self) -> str:
+        state = " closed" if self._final is not None else ""
+        return f"<CounterBlock {self.id:#x} of {len(self)}{state}>"
+
+    def __enter__(self) -> CounterBlock:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, index: int) -> int:
+        return self.ids[index]
+
+    @property
+    def ids(self) -> range:
+        """What senders pass as ``imm``, one for each counter."""
+        return range(self.id, self.id + len(self))
+
+    @property
+    def values(self) -> list[int]:
+        """Ranges that have arrived, for each counter."""
+        return [self._value(i) for i in range(len(self))]
+
+    def wait(
+        self, targets: Sequence[int] | int, timeout: float | None = None, peers: Peers = None
+    ) -> list[int]:
+        """Wait until every counter has reached its target.
+
+        Args:
+            targets: one for each counter, or one for all.
+            timeout: seconds; None waits for ever, 0 only looks.
+            peers: who the counts come from: the wait ends as soon as one of them is gone.
+
+        Returns:
+            Indices of the counters that are still below their target; empty when all are there.
+
+        Raises:
+            CounterVoid, PeerUnreachable, FencePending, InvalidArgument: as for `ImmCounter.wait`.
+        """
+        goals = self._goals(targets)
+        missing = ffi.new("uint8_t[]", len(goals))
+        code = self._wait(goals, timeout, peers, missing)
+        if code == 0:
+            return []
+        if code != lib.FAB_E_TIMEOUT:
+            check(code)
+        return [index for index, flag in enumerate(ffi.buffer(missing)[:]) if flag]
+
+    async def reached(self, targets: Sequence[int] | int, peers: Peers = None) -> None:
+        """Wait in asyncio until every counter has reached its target; otherwise as `wait`."""
+        waits = [
+            asyncio.ensure_future(self._reached(index, goal, peers))
+            for index, goal in enumerate(self._goals(targets))
+        ]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _goals(self, targets: Sequence[int] | int) -> list[int]:
+        count = len(self)
+        try:
+            goals = [integer("targets", target, 0, TARGET_MAX) for target in targets]  # type: ignore[union-attr]
+        except TypeError:
+            goals = [integer("targets", targets, 0, TARGET_MAX)] * count
+        if len(goals) != count:
+            raise InvalidArgument(f"targets: {len(goals)} for {count} counters")
+        return goals
