@@ -69,7 +69,7 @@ class Core:
         self.closed = False
         self.forked = False
         self.live: dict[int, weakref.ref[Transfer]] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finaliser may close the engine inside of it
         self._peers: dict[bytes, int] = {}
         self._senders: dict[int, Peer] = {}
         self._buffers: collections.deque[Any] = collections.deque(maxlen=_BUFFERS_KEPT)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._errors import CounterVoid, EngineClosed, InvalidArgument, check, error_of
+from ._errors import EngineClosed, InvalidArgument, check, error_of
 from ._native import ffi, lib
 from ._peer import Peer
 from ._values import U64_MAX, in_slices, integer, nanoseconds
@@ -80,20 +79,15 @@ class _Cells:
         code = await self._core.loop_queue().wait(watch)
         if code == 0:
             return
-        if code == lib.FAB_E_VOID:
-            raise CounterVoid(
-                f"counter {self.id + index:#x} is void: a write under its id failed, was cancelled"
-                " or overflowed; use a fresh id"
-            )
         if code == lib.FAB_E_CLOSED:
             self._core.check_open()
             raise EngineClosed(f"counter {self.id:#x} was closed during the wait")
-        # The event has a code only: a look says in words who is gone.
+        # The event has a code only: looking once more says it in words.
+        goal = ffi.new("uint64_t[]", [target])
         again = lib.fab_counter_wait(
-            self._core.ptr, self._handle, index, ffi.new("uint64_t[]", [target]), 1, 0, array,
-            count, ffi.NULL,
-        )  # fmt: skip
-        raise error_of(again) if again == code else error_of(code, "a peer of the wait is gone")
+            self._core.ptr, self._handle, index, goal, 1, 0, array, count, ffi.NULL
+        )
+        raise error_of(code, None if again == code else "a peer that the wait named is gone")
 
 
 class ImmCounter(_Cells):
@@ -232,10 +226,8 @@ class CounterBlock(_Cells):
 
     def _goals(self, targets: Sequence[int] | int) -> list[int]:
         count = len(self)
-        try:
-            goals = [integer("targets", target, 0, TARGET_MAX) for target in targets]  # type: ignore[union-attr]
-        except TypeError:
-            goals = [integer("targets", targets, 0, TARGET_MAX)] * count
+        items = list(targets) if isinstance(targets, Iterable) else [targets] * count
+        goals = [integer("targets", target, 0, TARGET_MAX) for target in items]
         if len(goals) != count:
             raise InvalidArgument(f"targets: {len(goals)} for {count} counters")
         return goals

@@ -16,6 +16,7 @@ from fabric import (
     CounterVoid,
     EngineClosed,
     FabricError,
+    FencePending,
     InvalidArgument,
     PeerUnreachable,
     WaitTimeout,
@@ -141,10 +142,12 @@ class Arrival:
         while not self._has_arrived():
             pause = self._pause(end)
             try:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._counter.reached(self.expected), pause)
-                self._counter.wait(self.expected, timeout=0, peers=[self.prefiller])
+                counted = self._counter.reached(self.expected, peers=[self.prefiller])
+                await asyncio.wait_for(counted, pause)
                 self._arrive()
+            except asyncio.TimeoutError:
+                if self._was_not_sent():
+                    await asyncio.to_thread(self._decoder.fence, self.prefiller)
             except FabricError as error:
                 if self._is_gone(error):
                     await asyncio.to_thread(self._decoder.fence, self.prefiller)
@@ -225,11 +228,21 @@ class Arrival:
         """
         if self._over.is_set() or isinstance(error, CounterVoid):
             return False
-        if isinstance(error, PeerUnreachable):
+        if isinstance(error, PeerUnreachable | FencePending):
             return True
         if not isinstance(error, WaitTimeout):
             raise error
-        return self._sent is not None and self._sent.done() and _failed(self._sent)
+        return self._was_not_sent()
+
+    def _was_not_sent(self) -> bool:
+        """Whether our last message failed, so that nobody may ever answer."""
+        if self._sent is None or not self._sent.done():
+            return False
+        try:
+            self._sent.wait(0)
+        except FabricError:
+            return True
+        return False
 
 
 class Decoder:
@@ -489,11 +502,3 @@ class Decoder:
                 (self._tails.restore if quarantined else self._tails.give_back)(arrival._slot)
             arrival._over.set()  # before the counter goes: its waiters look here
             arrival._counter.close()
-
-
-def _failed(transfer: Transfer) -> bool:
-    try:
-        transfer.wait(0)
-    except FabricError:
-        return True
-    return False
