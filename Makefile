@@ -6,8 +6,9 @@ PYTHON ?= python3
 ARGS ?=
 PROVIDER ?=
 
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHON
+# Tools of the virtual environment, for those recipes that run some.
+TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h)
 PY_FILES = fabric kvtransfer tests examples
@@ -27,15 +28,15 @@ test: setup ## pytest against the editable install (ARGS="...")
 	@.venv/bin/python -m pytest $(ARGS)
 
 ctest: setup ## C tests; PRESET=dev, asan or tsan
-	@scripts/ctest $(or $(PRESET),dev)
+	@$(TOOLS) scripts/ctest $(or $(PRESET),dev)
 
 lint: setup ## ruff, mypy, clang-format
-	@scripts/lint
+	@$(TOOLS) scripts/lint
 
 format: setup ## format Python and C
-	@ruff format $(PY_FILES)
-	@ruff check --fix-only --quiet $(PY_FILES)
-	@clang-format -i $(C_FILES)
+	@.venv/bin/ruff check --fix-only --quiet $(PY_FILES)
+	@.venv/bin/ruff format --quiet $(PY_FILES)
+	@.venv/bin/clang-format -i $(C_FILES)
 
 wheel: setup ## a wheel in dist/
 	@.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

@@ -175,6 +175,7 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
         [f"request {i}: {what}" for i in range(len(shown)) for what in ("compute", "wire")],
     )
     axes.invert_yaxis()
+    axes.set_xlim(left=0)
     axes.set_xlabel("milliseconds since the first request")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -159,17 +159,15 @@ def prefill_main(options: Options, commands: Commands) -> None:
                     watch.restart()
                     cache = PagedCache(pages, job.pages, layer_ready)
                     hidden = prefill(model, job.request.prompt, cache)
-                    span = [time.monotonic()]
-                    job.finish(hidden.numpy().tobytes())
-                    job.wait()
-                    span.append(time.monotonic())
+                    tail = [time.monotonic()]
+                    acks.expect(tail, job.finish(hidden.numpy().tobytes()))
                     acks.flush()
                 emit(
                     "prefilled",
                     request=int(job.request.payload),
                     computed=watch.computed,
                     written=watch.written,
-                    tail=span,
+                    tail=tail,
                 )
             commands.next()
     emit("bye")

@@ -76,6 +76,10 @@ class Worker:
             return event
         raise DemoError(f"{self.role}: {event['text']}")
 
+    def kill(self) -> None:
+        """End the process and do not wait for it."""
+        self._process.kill()
+
     def stop(self) -> None:
         """End the process, whatever it is doing."""
         if self._process.poll() is None:
@@ -152,7 +156,8 @@ def run(options: argparse.Namespace, workers: list[Worker]) -> list[Event]:
         "corrupt": options.corrupt,
         "workload": workload(options),
     }
-    workers += [Worker(role, json.dumps(shared)) for role in ("prefill", "decode")]
+    for role in ("prefill", "decode"):
+        workers.append(Worker(role, json.dumps(shared)))
     prefill, decode = workers
     import _pd_report  # noqa: F401  (with torch behind it; the workers take as long meanwhile)
 
@@ -202,6 +207,22 @@ def described(options: argparse.Namespace) -> str:
     )
 
 
+def end_with_signals(workers: list[Worker]) -> None:
+    """On Ctrl-C or SIGTERM, end the workers and this process at once.
+
+    Not by an exception: imports of large packages swallow those.
+    """
+
+    def end(number: int, _: object) -> None:
+        for worker in workers:
+            worker.kill()
+        os.write(2, b"\npd_demo.py: interrupted\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+
+
 def main() -> int:
     """Run the demo; returns the exit status."""
     options = parse()
@@ -211,16 +232,13 @@ def main() -> int:
         return 1
     print(f"prefill -> decode, {described(options)}\n", flush=True)
     workers: list[Worker] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_with_signals(workers)
     started = time.monotonic()
     try:
         return report(options, run(options, workers), started)
     except DemoError as error:
         print(f"pd_demo.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\npd_demo.py: interrupted", file=sys.stderr)
-        return 130
     finally:
         for worker in workers:
             worker.stop()

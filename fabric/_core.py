@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._errors import EngineClosed, InvalidArgument, check, error_of
 from ._native import ffi, lib
+from ._owner import EngineOwner
 from ._peer import Address, Peer
 from ._queue import LoopQueue
 from ._values import SLICE_NS, needs
@@ -39,16 +40,6 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _free_in(pid: int) -> Callable[[Any], None]:
-    """Return what frees a C engine; never in a forked child, where its locks may be held."""
-
-    def free(ptr: Any, free: Any = lib.fab_engine_free, getpid: Any = os.getpid) -> None:
-        if getpid() == pid:
-            free(ptr)
-
-    return free
-
-
 class Core:
     """What the objects of one engine share.
 
@@ -62,9 +53,8 @@ class Core:
     """
 
     def __init__(self, ptr: Any) -> None:
-        # Not freed by __del__: the garbage collector calls that of objects which refer to us, and
-        # which call C there, in any order. What ffi.gc() does comes after all of them.
-        self.ptr = ffi.gc(ptr, _free_in(os.getpid()))
+        self.ptr = ptr
+        self._owner = EngineOwner(int(ffi.cast("uintptr_t", ptr)))
         self.address: Address
         self.closed = False
         self.forked = False

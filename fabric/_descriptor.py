@@ -9,12 +9,12 @@ item  type    what
 1     int     version, 1
 2     array   address of the region's engine, see `fabric._peer`
 3     int     number of the region in its engine, u64
-4     int     the region's secret, u64: the engine grants the region to who shows it
-5     int     offset of this descriptor in the region, u64
-6     int     length of this descriptor in bytes, u64; offset + length <= 2**63
-7     int     kind of memory: 0 host, 1 CUDA
-8     int     device number, 0 to 65535; 0 for host memory
-9     array   one ``[addr, rkey]``, both u64, for each NIC of the address, in its order
+4     int     offset of this descriptor in the region, u64
+5     int     length of this descriptor in bytes, u64; offset + length <= 2**63
+6     int     kind of memory: 0 host, 1 CUDA
+7     int     device number, 0 to 65535; 0 for host memory
+8     array   one ``[addr, rkey]``, both u64, for each NIC of the address, in its order
+9     int     the region's secret, u64: the engine grants the region to who shows it
 ====  ======  ===========================================================================
 """
 
@@ -178,12 +178,12 @@ class Descriptor:
                     VERSION,
                     fields_of(self.address),
                     self._region,
-                    self._secret,
                     self._offset,
                     self.nbytes,
                     self._kind,
                     self.device,
                     [list(key) for key in self._keys],
+                    self._secret,
                 ]
             )
         return self._bytes
@@ -202,22 +202,22 @@ class Descriptor:
         items = _wire.unpack(name, data, MAX_DESCRIPTOR_BYTES)
         items = _wire.versioned(name, items, MAGIC, VERSION, 10)
         address = decode(items[2], f"{name}.address")
-        offset = _wire.integer(f"{name}.offset", items[5], 0, LENGTH_MAX)
-        length = _wire.integer(f"{name}.length", items[6], 0, LENGTH_MAX - offset)
-        kind = _wire.integer(f"{name}.kind", items[7], 0, 255)
+        offset = _wire.integer(f"{name}.offset", items[4], 0, LENGTH_MAX)
+        length = _wire.integer(f"{name}.length", items[5], 0, LENGTH_MAX - offset)
+        kind = _wire.integer(f"{name}.kind", items[6], 0, 255)
         if kind not in MEMORY_KINDS:
             raise WireError(f"{name}.kind: {kind} is unknown")
         device_max = DEVICE_MAX if kind == lib.FAB_MEM_CUDA else 0
         count = len(address.nics)
-        keys = _wire.array(f"{name}.keys", items[9], count, count)
+        keys = _wire.array(f"{name}.keys", items[8], count, count)
         return cls(
             address,
             _wire.integer(f"{name}.region", items[3]),
-            _wire.integer(f"{name}.secret", items[4]),
+            _wire.integer(f"{name}.secret", items[9]),
             offset,
             length,
             kind,
-            _wire.integer(f"{name}.device", items[8], 0, device_max),
+            _wire.integer(f"{name}.device", items[7], 0, device_max),
             tuple(_decode_key(f"{name}.keys[{i}]", key) for i, key in enumerate(keys)),
         )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import logging
 import math
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 from ._core import Core
 from ._counter import CounterBlock, ImmCounter
@@ -29,6 +28,7 @@ from ._stats import EngineStats, snapshot
 from ._transfer import Transfer
 from ._values import (
     FOREVER,
+    IMM_MAX,
     U64_MAX,
     deadline_ns,
     immediate,
@@ -98,7 +98,7 @@ class TransferEngine:
         """Open an engine.
 
         Args:
-            provider: ``"auto"``, one of ``"local"``, ``"tcp"``, ``"efa"``, ``"verbs"``, or several
+            provider: ``"auto"``, one of ``"local"``, ``"tcp"``, ``"efa"``, or several
                 with commas between. ``"auto"`` is what FABRIC_PROVIDER says, if it is set.
             nics: names of the provider's NICs, see ``fabric info``; None takes its choice.
             spin_us: microseconds that a waiter polls before it sleeps.
@@ -217,9 +217,7 @@ class TransferEngine:
 
     def _register(self, span: Span) -> MemoryRegion:
         handle = check(
-            lib.fab_region_register(
-                self._core.ptr, span.ptr, span.nbytes, span.kind, span.device
-            )
+            lib.fab_region_register(self._core.ptr, span.ptr, span.nbytes, span.kind, span.device)
         )
         return self._new_region(handle)
 
@@ -261,8 +259,9 @@ class TransferEngine:
     def deregister(self, memory: MemoryRegion | Descriptor, timeout: float | None = None) -> None:
         """Take memory back: peers that may write to it are asked to stop, or fenced.
 
-        When this returns nothing lands in the memory any more, and it is no longer kept alive.
-        A region that was registered several times is released by the last call.
+        When this returns nothing lands in the memory any more. Views of it stay good: the region
+        object goes on keeping it alive. A region that was registered several times is released by
+        the last call.
 
         Args:
             memory: a region, or a descriptor that `MemoryRegion.descriptor_for` made: then only
@@ -290,7 +289,6 @@ class TransferEngine:
         check(lib.fab_region_deregister(self._core.ptr, handle, limit))
         with self._core.lock:
             memory._handle = 0
-            memory._keeps = [keep for keep in memory._keeps if isinstance(keep, ffi.CData)]
             self._regions.pop(handle, None)
             for key in [key for key, region in self._shared.items() if region is memory]:
                 del self._shared[key]
@@ -388,8 +386,8 @@ class TransferEngine:
             )
             return self._submit(lib.fab_write, args, timeout)
         except (TypeError, OverflowError, AttributeError) as error:
-            self._explain(error, mr, d, src_offset=src_offset, dst_offset=dst_offset, length=length)
-            raise
+            size = 0 if length is None else length
+            self._explain(error, mr, d, src_offset=src_offset, dst_offset=dst_offset, length=size)
 
     def write_pages(
         self,
@@ -467,7 +465,6 @@ class TransferEngine:
                 src_offset=src_offset,
                 dst_offset=dst_offset,
             )
-            raise
 
     def scatter(
         self,
@@ -552,7 +549,7 @@ class TransferEngine:
             QueueFull: no room within `timeout`.
             EngineClosed: the engine is closed.
         """
-        number = integer("imm", imm, 0, lib.FAB_USER_ID_MAX * 2 + 1)
+        number = integer("imm", imm, 0, IMM_MAX)
         self._core.check_open()
         peers = (addresses,) if isinstance(addresses, Peer) else tuple(addresses)
         limit = deadline_ns(deadline)
@@ -588,8 +585,8 @@ class TransferEngine:
             raise error_of(handle)
         return Transfer(core, handle, self._dispatcher)
 
-    def _explain(self, error: Exception, mr: Any, d: Any, **integers: Any) -> None:
-        """Say which argument made Python or cffi raise; return if none of them did."""
+    def _explain(self, error: Exception, mr: Any, d: Any, **integers: Any) -> NoReturn:
+        """Say which argument made Python or cffi raise; raise that itself if none of them did."""
         self._check_region(mr)
         needs("d", d, Descriptor)
         refuse(error, **integers)
@@ -606,8 +603,9 @@ class TransferEngine:
             QueueFull, WaitTimeout: not within `timeout`.
             FabricError: as from `method`.
         """
-        timeout = kwargs.pop("timeout", None)
-        end = math.inf if timeout is None else time.monotonic() + float(str(timeout))
+        timeout: Any = kwargs.pop("timeout", None)
+        wait = nanoseconds("timeout", timeout)
+        end = math.inf if wait == FOREVER else time.monotonic() + wait / 1e9
         kwargs["timeout"] = 0
         while True:
             try:
@@ -723,8 +721,8 @@ def _config(
     needs("provider", provider, str)
     if provider == "auto":
         provider = PROVIDER.value or provider
-    if isinstance(nics, str) or not all(isinstance(name, str) for name in nics or ()):
-        raise InvalidArgument(f"nics: a list of names is needed, not {nics!r}")
+    if nics is not None and not _names(nics):
+        raise InvalidArgument(f"nics: None or a list of names is needed, not {nics!r}")
     if not isinstance(peer_timeout, int | float) or not 0 < peer_timeout < math.inf:
         raise InvalidArgument(f"peer_timeout: seconds are needed, not {peer_timeout!r}")
     if accept is not None and not callable(accept):
@@ -738,7 +736,9 @@ def _config(
     if secret is not None and not isinstance(secret, bytes):
         raise InvalidArgument("secret: bytes are needed")
     if secret is not None and not 0 < len(secret) <= lib.FAB_MAX_SECRET:
-        raise InvalidArgument(f"secret: 1 to {lib.FAB_MAX_SECRET} bytes are needed")
+        raise InvalidArgument(
+            f"secret: {len(secret)} bytes; 1 to {lib.FAB_MAX_SECRET} are possible"
+        )
     names = [ffi.new("char[]", name.encode()) for name in nics or ()]
     held = [ffi.new("char[]", provider.encode()), ffi.new("char *[]", names), names]
     config = ffi.new("fab_engine_config *")
@@ -757,6 +757,15 @@ def _config(
         held.append(ffi.new("char[]", label.encode()))
         config.label = held[-1]
     return config, held
+
+
+def _names(nics: Any) -> bool:
+    return (
+        isinstance(nics, Sequence)
+        and not isinstance(nics, str)
+        and len(nics) > 0
+        and all(isinstance(name, str) and name for name in nics)
+    )
 
 
 def _read_nics(core: Core) -> tuple[Nic, ...]:

@@ -30,6 +30,8 @@ VARIABLES = (
     PROVIDER,
     Variable("FABRIC_LIBFABRIC", "libfabric.so.1", "path of the libfabric to load"),
     Variable("FABRIC_LIBIBVERBS", "libibverbs.so.1", "path of the libibverbs to load"),
+    Variable("FABRIC_TCP_NIC", "the first", "NIC that the provider tcp opens when none is named"),
+    Variable("FABRIC_EFA_NIC", "the first", "NIC that the provider efa opens when none is named"),
     Variable("FABRIC_LOG_LEVEL", "warn", "log lines of the C core: error, warn, info or debug"),
     Variable("FABRIC_LOG_FILE", "standard error", "file that those lines are appended to"),
     Variable(

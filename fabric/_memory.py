@@ -12,6 +12,7 @@ import numpy as np
 from ._descriptor import MEMORY_KINDS, Descriptor
 from ._errors import InvalidArgument, check
 from ._native import ffi, lib
+from ._owner import MappingOwner
 from ._peer import Peer
 from ._values import integer, needs
 
@@ -28,7 +29,7 @@ class MemoryRegion:
     Made by `TransferEngine.alloc` and `TransferEngine.register`. ``memoryview(mr)`` shows host
     memory without copying, and so does whatever takes a buffer. Memory from ``alloc`` stays mapped
     as long as the region object or any view of it is alive, also after deregistering or closing
-    the engine: it is then plain memory.
+    the engine: it is then plain memory. Likewise the region object keeps alive what was registered.
 
     Attributes:
         ptr: address of the first byte.
@@ -204,7 +205,7 @@ def new_region(core: Core, handle: int) -> MemoryRegion:
     region = cast("MemoryRegion", mr)
     region._open(core, handle, info)
     if info.mapped:
-        region._keeps.append(_owned(info.base, info.mapped))
+        region._keeps.append(MappingOwner(info.base << 64 | info.mapped))
     return region
 
 
@@ -216,18 +217,6 @@ def _host_class(nbytes: int) -> Any:
     """
     parts: tuple[type, ...] = (MemoryRegion, ctypes.c_ubyte * nbytes)
     return type("MemoryRegion", parts, {"__module__": __name__, "__doc__": MemoryRegion.__doc__})
-
-
-def _owned(base: int, mapped: int) -> Any:
-    """Return what unmaps memory of the C core when it is dropped.
-
-    By ffi.gc() and not by __del__, which could come before that of an engine in the same garbage.
-    """
-
-    def unmap(base: Any, unmap: Any = lib.fab_unmap, cast: Any = ffi.cast) -> None:
-        unmap(int(cast("uintptr_t", base)), mapped)
-
-    return ffi.gc(ffi.cast("uint8_t *", base), unmap)
 
 
 class Span:
@@ -296,5 +285,7 @@ def _span_of_buffer(source: Any) -> Span:
         raise InvalidArgument("memory: the buffer is not contiguous")
     if not view.nbytes:
         raise InvalidArgument("memory: the buffer is empty")
-    held = ffi.from_buffer(view)  # keeps a bytearray from moving
+    if "O" in view.format:
+        raise InvalidArgument("memory: the buffer holds references to Python objects")
+    held = ffi.from_buffer("uint8_t[]", view)  # keeps a bytearray from moving
     return Span(int(ffi.cast("uintptr_t", held)), view.nbytes, lib.FAB_MEM_HOST, 0, (held, source))

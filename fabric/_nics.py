@@ -9,7 +9,7 @@ from ._errors import check, text_of
 from ._native import ffi, lib
 from ._peer import KINDS
 
-PROVIDERS = ("local", "tcp", "efa", "verbs")
+PROVIDERS = ("local", "tcp", "efa")
 """Providers by the names that `TransferEngine` takes."""
 
 
@@ -17,7 +17,7 @@ PROVIDERS = ("local", "tcp", "efa", "verbs")
 class Nic:
     """One device port that a provider can open."""
 
-    kind: str  # of provider: local, tcp, efa, verbs, rxm
+    kind: str  # of provider: local, tcp, efa or rxm
     provider: str  # as its library calls it
     name: str  # what TransferEngine(nics=[...]) takes
     speed_bps: int  # bits per second; 0: unknown

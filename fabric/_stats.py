@@ -52,7 +52,6 @@ class EngineStats:
     rx_imms: int  # immediates received and counted
     imm_stale: int  # dropped: released or foreign generation
     imm_overflow: int  # dropped: a peer's early ids overflowed
-    imm_malformed: int  # dropped: not a legal immediate
     transfers_done: int
     transfers_failed: int
     transfers_cancelled: int

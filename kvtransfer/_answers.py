@@ -1,4 +1,18 @@
-"""The short messages that follow a request."""
+"""The short messages that follow a request.
+
+==========  =================  ======================  =========================================
+kind        from               fields                  meaning
+==========  =================  ======================  =========================================
+cancel      decoder            id                      stop, drain, and say so
+refused     prefiller          id, field, reason       nothing was written, and nothing will be
+failed      prefiller          id, field, reason       what was under way has ended, and ...
+cancelled   prefiller          id, field, reason       ... nothing more of it will land
+==========  =================  ======================  =========================================
+
+``id`` bin(16); ``field`` str of at most 64 bytes, the field of the request that was refused and
+empty otherwise; ``reason`` str of at most 1024 bytes, for people. Success has no message: the
+decoder counts.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from fabric import (
     FencePending,
     InvalidArgument,
     PeerUnreachable,
+    QueueFull,
     WaitTimeout,
     WireError,
 )
@@ -41,6 +42,12 @@ log = logging.getLogger(__name__)
 
 #: How often a waiter looks whether the prefiller answered instead of writing.
 SLICE_SECONDS = 0.02
+
+#: What a fence may take, for each of its two steps.
+FENCE_SECONDS = 10.0
+
+#: How much longer than the request's time `Arrival.wait` waits for an answer.
+GRACE_SECONDS = 1.0
 
 #: How long the message thread sleeps before it looks whether it should end.
 IDLE_SECONDS = 0.2
@@ -116,7 +123,8 @@ class Arrival:
         """Wait until every byte has arrived.
 
         Args:
-            timeout: seconds; the rest of the request's time by default.
+            timeout: seconds; by default the rest of the request's time, and a little more for the
+                prefiller to say that it is up.
 
         Raises:
             WaitTimeout: not yet. The prefiller may still write: wait again, or cancel.
@@ -132,7 +140,7 @@ class Arrival:
                 self._arrive()
             except FabricError as error:
                 if self._is_gone(error):
-                    self._decoder.fence(self.prefiller)
+                    self._decoder._lost(self)
                 elif isinstance(error, CounterVoid):
                     self._over.wait(pause)
 
@@ -147,10 +155,10 @@ class Arrival:
                 self._arrive()
             except asyncio.TimeoutError:
                 if self._was_not_sent():
-                    await asyncio.to_thread(self._decoder.fence, self.prefiller)
+                    await asyncio.to_thread(self._decoder._lost, self)
             except FabricError as error:
                 if self._is_gone(error):
-                    await asyncio.to_thread(self._decoder.fence, self.prefiller)
+                    await asyncio.to_thread(self._decoder._lost, self)
                 elif isinstance(error, CounterVoid):
                     await asyncio.sleep(pause)
 
@@ -168,7 +176,7 @@ class Arrival:
                 until it does, or until `Decoder.fence`.
             FencePending, FenceUnsupported: as from `wait`.
         """
-        self._decoder._cancel(self)
+        self._decoder._cancel(self, timeout)
         end = time.monotonic() + timeout
         while not self._over.is_set():
             pause = min(SLICE_SECONDS, end - time.monotonic())
@@ -180,7 +188,7 @@ class Arrival:
                 self._decoder._finish(self, None)
             except FabricError as error:
                 if self._is_gone(error):
-                    self._decoder.fence(self.prefiller)
+                    self._decoder._lost(self)
                 elif isinstance(error, CounterVoid):
                     self._over.wait(pause)
 
@@ -195,7 +203,7 @@ class Arrival:
         self._decoder._finish(self, None)
 
     def _end(self, timeout: float | None) -> float:
-        return self._deadline if timeout is None else time.monotonic() + timeout
+        return self._deadline + GRACE_SECONDS if timeout is None else time.monotonic() + timeout
 
     def _has_arrived(self) -> bool:
         if self._state is _State.ARRIVED:
@@ -284,6 +292,7 @@ class Decoder:
         self._lock = threading.RLock()
         self._arrivals: dict[bytes, Arrival] = {}
         self._granted: set[Address] = set()  # who has keys of ours
+        self._fencing = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="kv-decoder", daemon=True)
         self._thread.start()
@@ -318,6 +327,7 @@ class Decoder:
         Raises:
             PoolExhausted: not enough free pages, or `max_requests` are under way.
             InvalidArgument: a field is out of its bounds, or the request is too large.
+            QueueFull: the prefiller does not take its messages.
         """
         count = self.layout.pages_for(len(prompt)) if pages is None else pages
         with self._lock:
@@ -327,26 +337,40 @@ class Decoder:
                 raise PoolExhausted(f"{len(self._arrivals)} requests are under way")
             arrival = self._prepare(prefiller, prompt, payload, count, timeout)
         try:
-            arrival._sent = self.engine.send(prefiller, arrival.request.to_bytes())
+            arrival._sent = self.engine.send(prefiller, arrival.request.to_bytes(), timeout=0)
         except BaseException:
             self._finish(arrival, None)  # never sent, so nobody writes
             raise
         return arrival
 
-    def fence(self, prefiller: Address) -> None:
+    def fence(self, prefiller: Address, timeout: float = FENCE_SECONDS) -> None:
         """End the session with a prefiller and free the pages of all requests to it.
 
         Needed where it is alive but does not answer; done by itself where it is gone.
+
+        Args:
+            prefiller: address of its engine.
+            timeout: seconds for each of the two steps, the session's end and the keys'.
 
         Raises:
             FencePending, FenceUnsupported: its writes may still land. The pages are in
                 quarantine; try again.
         """
+        with self._fencing:
+            self._fence(prefiller, timeout)
+
+    def _lost(self, arrival: Arrival) -> None:
+        """Fence a prefiller that is gone, once for all who find out."""
+        with self._fencing:
+            if not arrival._over.is_set():
+                self._fence(arrival.prefiller, FENCE_SECONDS)
+
+    def _fence(self, prefiller: Address, timeout: float) -> None:
         with self._lock:
             fenced = [a for a in self._arrivals.values() if a.prefiller == prefiller]
         try:
-            self.engine.disconnect(prefiller)
-            self._revoke(prefiller)
+            self.engine.disconnect(prefiller, timeout)
+            self._revoke(prefiller, timeout)
         except FabricError as error:
             for arrival in fenced:
                 self._give_up(arrival, error)
@@ -362,22 +386,27 @@ class Decoder:
             timeout: seconds for all of it.
 
         Raises:
-            WaitTimeout: a prefiller did not answer; its pages stay in quarantine.
+            WaitTimeout, FencePending, FenceUnsupported: a prefiller did not answer, or could not
+                be fenced; its pages stay in quarantine.
         """
         end = time.monotonic() + timeout
         with self._lock:
             open_ = [a for a in self._arrivals.values() if a._state is not _State.ARRIVED]
         for arrival in open_:
-            self._cancel(arrival)
-        try:
-            for arrival in open_:
+            self._cancel(arrival, timeout=0)
+        failure: FabricError | None = None
+        for arrival in open_:
+            try:
                 arrival.cancel(max(SLICE_SECONDS, end - time.monotonic()))
-        finally:
-            self._closing.set()
-            self._thread.join()
-            if self._tails is not None:
-                self.engine.deregister(self._tails.region)
-                self._tails = None
+            except FabricError as error:
+                failure = error
+        self._closing.set()
+        self._thread.join()
+        if self._tails is not None:
+            self.engine.deregister(self._tails.region)
+            self._tails = None
+        if failure is not None:
+            raise failure
 
     def _prepare(
         self,
@@ -417,19 +446,18 @@ class Decoder:
             undo.pop_all()
         return arrival
 
-    def _revoke(self, prefiller: Address) -> None:
+    def _revoke(self, prefiller: Address, timeout: float) -> None:
         """Take back the prefiller's keys.
 
         A session can be opened again; without this, a prefiller that was only slow could then go
         on writing with the descriptors of requests whose pages are free.
         """
-        with self._lock:
-            known = prefiller in self._granted
-            self._granted.discard(prefiller)
-        if known:
-            self.engine.deregister(self.pool.region.descriptor_for(prefiller))
-            if self._tails is not None:
-                self.engine.deregister(self._tails.region.descriptor_for(prefiller))
+        if prefiller not in self._granted:
+            return
+        self.engine.deregister(self.pool.region.descriptor_for(prefiller), timeout)
+        if self._tails is not None:
+            self.engine.deregister(self._tails.region.descriptor_for(prefiller), timeout)
+        self._granted.discard(prefiller)
 
     def _tail(self, slot: tuple[int, ...], size: int) -> memoryview:
         if self._tails is None:
@@ -469,14 +497,14 @@ class Decoder:
             error = RequestFailed(message.reason)
         self._finish(arrival, error)
 
-    def _cancel(self, arrival: Arrival) -> None:
+    def _cancel(self, arrival: Arrival, timeout: float) -> None:
         """Send the cancellation. Where that fails, waiting for the answer finds out why."""
         if arrival._state is _State.ARRIVED:
             raise InvalidArgument(f"cancel: {arrival!r}")
         if arrival._state is not _State.OVER:
-            with contextlib.suppress(PeerUnreachable):
+            with contextlib.suppress(PeerUnreachable, QueueFull):
                 raw = _answers.encode(_answers.Cancel(arrival.request.id))
-                arrival._sent = self.engine.send(arrival.prefiller, raw)
+                arrival._sent = self.engine.send(arrival.prefiller, raw, timeout=timeout)
 
     def _give_up(self, arrival: Arrival, error: FabricError | None = None) -> None:
         """Nobody waits any more, but writes may still land."""

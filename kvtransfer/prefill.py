@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 BUSY_SECONDS = 0.005
 IDLE_SECONDS = 0.2
 
+TIME_IS_UP = "the request's time is up"
+
 
 class PrefillJob:
     """One request that is being computed. Made by `Prefiller.next`; use it as a context manager.
@@ -101,6 +103,7 @@ class PrefillJob:
 
         Raises:
             InvalidArgument: no such layer, or fewer pages than were announced before.
+            QueueFull: no room for the write in the request's time.
             RequestCancelled: the decoder withdrew the request. Stop computing.
             RequestFailed: a write failed or the time is up. Stop computing.
         """
@@ -119,11 +122,14 @@ class PrefillJob:
             self._transfers.append(transfer)
         return transfer
 
-    def finish(self, tail: bytes | memoryview = b"") -> None:
+    def finish(self, tail: bytes | memoryview = b"") -> Transfer | None:
         """Write the tail; every layer has been announced. Does not wait for the writes.
 
         Args:
             tail: ``request.tail_bytes`` bytes.
+
+        Returns:
+            The tail's transfer, or None without a tail.
 
         Raises:
             InvalidArgument: a layer is missing, or the tail has another length.
@@ -139,9 +145,11 @@ class PrefillJob:
                     raise InvalidArgument(
                         f"layer {layer}: {ready} of {len(self.pages)} pages are ready"
                     )
-            if size:
-                self._transfers.append(self._prefiller._write_tail(self, tail))
+            transfer = self._prefiller._write_tail(self, tail) if size else None
+            if transfer is not None:
+                self._transfers.append(transfer)
             self._finished = True
+        return transfer
 
     def fail(self, reason: str) -> None:
         """Stop the request: nothing more is written, and the decoder is told once that holds."""
@@ -157,8 +165,14 @@ class PrefillJob:
             WaitTimeout: not yet.
             RequestCancelled, RequestFailed: it ended before its last byte.
         """
-        left = self._deadline - time.monotonic() if timeout is None else timeout
-        if not self._ended.wait(max(0.0, left)):
+        end = self._deadline if timeout is None else time.monotonic() + timeout
+        with self._posting:
+            transfers = list(self._transfers) if self._finished else []
+        for transfer in transfers:
+            with contextlib.suppress(FabricError):  # how it ended is for _drained() to find
+                transfer.wait(max(0.0, end - time.monotonic()))
+        self._prefiller._settle(self)
+        if not self._ended.wait(max(0.0, end - time.monotonic())):
             raise WaitTimeout(f"{self!r} has not ended")
         self._raise_stop()
 
@@ -166,9 +180,16 @@ class PrefillJob:
         """Refuse to post more where the job is over; notice writes that failed."""
         while self._transfers and self._transfers[0].done():
             self._end_of(self._transfers.popleft())
+        if time.monotonic() > self._deadline:
+            self._stop_with("failed", TIME_IS_UP)
         self._raise_stop()
         if self._finished:
             raise InvalidArgument("the job is finished")
+
+    def _limits(self) -> dict[str, float]:
+        """What is left of the request's time, for the room in the queue and for the write."""
+        left = max(0.001, self._deadline - time.monotonic())
+        return {"timeout": left, "deadline": left}
 
     def _end_of(self, transfer: Transfer) -> None:
         try:
@@ -191,7 +212,7 @@ class PrefillJob:
     def _drained(self) -> bool:
         """Whether no write of the job is outstanding and none will be posted. Never blocks."""
         if self._stop is None and time.monotonic() > self._deadline:
-            self._stop_with("failed", "the request's time is up")
+            self._stop_with("failed", TIME_IS_UP)
         if self._stop is None and not self._finished:
             return False
         if not self._posting.acquire(blocking=False):
@@ -347,6 +368,7 @@ class Prefiller:
             src_offset=plan.src_offset,
             dst_offset=plan.dst_offset,
             imm=job.request.counter,
+            **job._limits(),
         )
 
     def _write_tail(self, job: PrefillJob, tail: bytes | memoryview) -> Transfer:
@@ -363,6 +385,7 @@ class Prefiller:
             dst_offset=request.tail_offset,
             length=request.tail_bytes,
             imm=request.counter,
+            **job._limits(),
         )
 
     # ---- the serving thread
@@ -474,7 +497,7 @@ class Prefiller:
 
     def _answer(self, address: Peer, message: _answers.Ended) -> None:
         try:
-            self._sent.append(self.engine.send(address, _answers.encode(message)))
+            self._sent.append(self.engine.send(address, _answers.encode(message), timeout=0))
         except FabricError as error:
             # The decoder's own time-out and fence cover a lost answer.
             log.warning("no answer to %s: %s", address, error)

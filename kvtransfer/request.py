@@ -1,4 +1,30 @@
-"""What a decoder asks of a prefiller."""
+"""What a decoder asks of a prefiller.
+
+Every message of the protocol is one msgpack map with text keys, at most `MAX_MESSAGE` bytes, that
+begins with ``v`` (version, 1) and ``kind``. A request has exactly these fields more:
+
+===========  ========  =========================================================================
+field        type      what
+===========  ========  =========================================================================
+id           bin(16)   random: the request's name in every later message
+model        str       fingerprint of model and weights, at most 256 bytes
+layout       map       ``layers``, ``kv_heads``, ``head_dim``, ``page_tokens`` (int), ``dtype``
+                       (str), ``joined`` (bool): see `KvLayout`
+decoder      bin       address that answers go to
+kv           bin       descriptor of the decoder's KV region, for this prefiller
+capacity     int       pages of that region
+pages        bin       pages to fill in token order, int32 little-endian, no two alike
+counter      int       id of the decoder's counter, 28 bits; every range adds one
+tail         bin       descriptor of the decoder's tail region; empty: no tail
+tail_offset  int       where in it the tail goes
+tail_bytes   int       length of the tail; 0 exactly where there is none
+prompt       bin       token ids, int32 little-endian; empty where ``payload`` says it all
+payload      bin       the application's own
+budget_ms    int       how long the prefiller may take, from when it gets the request
+===========  ========  =========================================================================
+
+The other kinds are in `kvtransfer._answers`.
+"""
 
 from __future__ import annotations
 

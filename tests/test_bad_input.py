@@ -78,9 +78,6 @@ WRITES = {
     "destination range beyond the end": Row(
         lambda c: c.write(dst_offset=100, length=SIZE - 99), Invalid, ("65437", "65536")
     ),
-    "rest of the source beyond the destination": Row(
-        lambda c: c.write(dst_offset=1), Invalid, ("65536",)
-    ),
     "destination offset beyond the end": Row(
         lambda c: c.write(dst_offset=SIZE + 7, length=0), Invalid, ("65543", "65536")
     ),
@@ -196,7 +193,7 @@ SCATTERS = {
     ),
     "rows that are no rows": Row(lambda c: c.engine.scatter(c.region, 5, imm=5), Mistyped),
     "imm of own address": Row(lambda c: c.engine.write_imm(c.engine.address, 5), Invalid, ("own",)),
-    "imm to no address": Row(lambda c: c.engine.write_imm("here", 5), Mistyped, ("Address",)),
+    "imm to no address": Row(lambda c: c.engine.write_imm("here", 5), Mistyped, ("address",)),
     "imm that is missing": Row(lambda c: c.engine.write_imm(c.address, None), Mistyped, ("imm",)),
     "barrier that includes this engine": Row(
         lambda c: c.engine.barrier([c.address, c.engine.address], 5), Invalid, ("own",)
@@ -230,7 +227,7 @@ COUNTERS = {
         lambda c: c.counter.wait(1, timeout=float("nan")), Invalid, ("timeout", "nan")
     ),
     "peers that are no addresses": Row(
-        lambda c: c.counter.wait(1, timeout=0, peers=["a"]), Mistyped, ("Address",)
+        lambda c: c.counter.wait(1, timeout=0, peers=["a"]), Mistyped, ("address",)
     ),
     "too few targets of a block": Row(lambda c: c.block.wait([1, 1], 0), Invalid, ("2", "3")),
     "too many targets of a block": Row(lambda c: c.block.wait([0] * 4, 0), Invalid, ("4", "3")),
@@ -250,7 +247,10 @@ MEMORY = {
         lambda c: c.engine.register(np.zeros((8, 8), np.uint8)[:, ::2]), Invalid, ("contiguous",)
     ),
     "register objects": Row(lambda c: c.engine.register(np.array([c], object)), Mistyped),
-    "register nothing": Row(lambda c: c.engine.register(bytearray()), Invalid, ("0",)),
+    "register nothing": Row(lambda c: c.engine.register(bytearray()), Invalid, ("empty",)),
+    "register what cannot be written": Row(
+        lambda c: c.engine.register(b"bytes"), Invalid, ("read-only",)
+    ),
     "register a negative length": Row(lambda c: c.engine.register((4096, -1)), Invalid, ("-1",)),
     "register an address over 64 bits": Row(lambda c: c.engine.register((2**64, 8)), Invalid),
     "register a range that wraps around": Row(
@@ -261,7 +261,7 @@ MEMORY = {
     "deregister what is none": Row(
         lambda c: c.engine.deregister("region"), Mistyped, ("MemoryRegion",)
     ),
-    "descriptor for no address": Row(lambda c: c.region.descriptor_for(5), Mistyped, ("Address",)),
+    "descriptor for no address": Row(lambda c: c.region.descriptor_for(5), Mistyped, ("address",)),
     "sub-range beyond the end": Row(lambda c: c.remote[0 : SIZE + 1], Invalid, ("65537", "65536")),
     "sub-range backwards": Row(lambda c: c.remote[9:3], Invalid),
     "sub-range in steps": Row(lambda c: c.remote[0:10:2], Invalid, ("2",)),
@@ -298,13 +298,17 @@ MESSAGES = {
     "message that is too long": Row(
         lambda c: c.engine.send(c.address, bytes(65537)), Invalid, ("65537", "65536")
     ),
-    "message that is a text": Row(lambda c: c.engine.send(c.address, "text"), Mistyped, ("str",)),
-    "message that is a number": Row(lambda c: c.engine.send(c.address, 100), Mistyped, ("int",)),
-    "message to no address": Row(lambda c: c.engine.send(b"here", b""), Mistyped, ("Address",)),
+    "message that is a text": Row(
+        lambda c: c.engine.send(c.address, "text"), Mistyped, ("payload",)
+    ),
+    "message that is a number": Row(
+        lambda c: c.engine.send(c.address, 100), Mistyped, ("payload",)
+    ),
+    "message to no address": Row(lambda c: c.engine.send(b"here", b""), Mistyped, ("address",)),
     "message to this engine": Row(
         lambda c: c.engine.send(c.engine.address, b""), Invalid, ("own",)
     ),
-    "disconnect no address": Row(lambda c: c.engine.disconnect(7), Mistyped, ("Address",)),
+    "disconnect no address": Row(lambda c: c.engine.disconnect(7), Mistyped, ("address",)),
     "disconnect this engine": Row(
         lambda c: c.engine.disconnect(c.engine.address), Invalid, ("own",)
     ),
@@ -540,7 +544,7 @@ def test_garbled_descriptors(farm: Farm, seed: int) -> None:
 def stretch(descriptor: bytes, offset: int, length: int) -> bytes:
     """Return a descriptor that claims another part of its region than there is."""
     fields = msgpack.unpackb(descriptor)
-    fields[5:7] = [offset, length]
+    fields[4:6] = [offset, length]
     forged: bytes = msgpack.packb(fields)
     return forged
 
@@ -662,7 +666,7 @@ def outcome(call: Callable[[], Any]) -> str:
 def use_after_close(node: State, descriptor: bytes, address: bytes) -> dict[str, str]:
     """Use everything of a closed engine."""
     calls = uses(node, descriptor, address)
-    del calls["wait for a transfer"]  # that one may well have been done
+    del calls["wait for a transfer"], calls["stats"]  # a closed engine still tells these
     node.engine.close()
     return refusals(calls)
 

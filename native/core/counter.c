@@ -79,9 +79,9 @@ static void uncharge(struct fab_engine *e, struct fab_cell *cell)
     cell->early = 0;
 }
 
-static void void_cell(struct fab_engine *e, struct fab_cell *cell)
+static void void_cell(struct fab_engine *e, struct fab_cell *cell, uint32_t why)
 {
-    atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID, memory_order_release);
+    atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID | why, memory_order_release);
     fab_watch_cell_changed(e, cell);
     e->dirty = true;
 }
@@ -99,7 +99,7 @@ static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t times
     for (uint32_t i = 0; i < e->user_touched; i++) {
         struct fab_cell *cell = &e->cells[FAB_MAX_COUNTERS + i];
         if (cell->early == peer->slot.index + 1)
-            void_cell(e, cell);
+            void_cell(e, cell, FAB_CELL_OVERFLOWED);
     }
 }
 
@@ -113,7 +113,8 @@ static struct fab_cell *early_cell(struct fab_engine *e, struct fab_peer *peer, 
     cell->early = peer->slot.index + 1;
     peer->early_ids++;
     if (peer->early_overflow)
-        atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID, memory_order_relaxed);
+        atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID | FAB_CELL_OVERFLOWED,
+                                 memory_order_relaxed);
     return cell;
 }
 
@@ -177,7 +178,17 @@ void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id)
             overflow(e, peer, 0);
     }
     if (cell)
-        void_cell(e, cell);
+        void_cell(e, cell, 0);
+}
+
+int fab_void_error(const struct fab_cell *cell)
+{
+    if (atomic_load(&cell->flags) & FAB_CELL_OVERFLOWED)
+        return fab_error(FAB_E_VOID, "the counter is void: a peer sent immediates under more than "
+                         "%d ids that nobody had opened; open counters before they are used, or "
+                         "let the engine choose their ids", FAB_MAX_EARLY_IDS);
+    return fab_error(FAB_E_VOID, "the counter is void: a write under its id failed or was "
+                                 "cancelled; use a fresh id");
 }
 
 /* ---- opening and closing ---- */
@@ -253,7 +264,8 @@ static int open_user_cell(struct fab_engine *e, struct fab_counter *c, uint32_t 
             return fab_error(FAB_E_FULL, "the table of user ids is full (limit %d); close counters",
                              FAB_MAX_USER_IDS);
         if (fab_peer_any_overflowed(e))
-            atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID, memory_order_relaxed);
+            atomic_fetch_or_explicit(&cell->flags, FAB_CELL_VOID | FAB_CELL_OVERFLOWED,
+                                     memory_order_relaxed);
     }
     uncharge(e, cell);
     cell->opens++;
@@ -432,10 +444,10 @@ static int wait_text(struct fab_engine *e, const struct counter_wait *w, int cod
                          w->counter->id, (unsigned long long)value,
                          (unsigned long long)w->targets[0], (double)timeout / 1e9, w->count);
     case FAB_E_VOID:
-        return fab_error(code,
-                         "counter %#x is void: a write under its id failed, was cancelled, or its "
-                         "early counts overflowed; use a fresh id",
-                         w->counter->id);
+        for (uint32_t i = 0; i < w->count; i++)
+            if (atomic_load(&e->cells[w->first + i].flags) & FAB_CELL_VOID)
+                return fab_void_error(&e->cells[w->first + i]);
+        return fab_error(code, "the counter is void");
     case FAB_E_UNREACHABLE:
     case FAB_E_FENCE_PENDING:
         return fab_peer_set_error(&w->peers);

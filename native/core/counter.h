@@ -19,6 +19,8 @@ void fab_counters_fini(struct fab_engine *e);
 void fab_count(struct fab_engine *e, struct fab_peer *peer, uint32_t imm, uint32_t times);
 /* `peer` says that ranges under `id` will never be complete. */
 void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id);
+/* Sets the error that says why the cell is void, and returns its code. */
+int fab_void_error(const struct fab_cell *cell);
 /* The peer's slot is about to be reused: its early arrivals are charged to nobody from here on. */
 void fab_counters_forget_peer(struct fab_engine *e, struct fab_peer *peer);
 

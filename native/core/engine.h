@@ -54,7 +54,7 @@ struct fab_list {
 };
 
 /* ---- counters ---- */
-enum { FAB_CELL_OPEN = 1, FAB_CELL_VOID = 2, FAB_CELL_USED = 4 };
+enum { FAB_CELL_OPEN = 1, FAB_CELL_VOID = 2, FAB_CELL_USED = 4, FAB_CELL_OVERFLOWED = 8 };
 
 struct fab_cell {
     _Atomic uint64_t sum; /* ranges x 720720 */
@@ -231,6 +231,7 @@ struct fab_peer {
     } asked[FAB_GRANTS_ASKED]; /* grants the peer waits for */
     uint32_t asked_count;
     uint32_t grants_open;      /* grants we wait for */
+    uint32_t quiesce_open;     /* regions that it has not let go of yet */
     bool due_quiesce, due_quiesced; /* see fab_region.ask, fab_grant.due_quiesced */
 
     struct fab_grant *grants;

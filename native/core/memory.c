@@ -388,7 +388,7 @@ int fab_memory_ask_quiesce(struct fab_peer *p)
         fab_frame_begin(&w, FAB_F_QUIESCE, p->theirs);
         fab_put_u64(&w, (uint64_t)fab_slot_handle(r));
         if (fab_session_send(p, &w, NULL))
-            clear_bit(r->ask, p->slot.index), n++;
+            clear_bit(r->ask, p->slot.index), p->quiesce_open++, n++;
         else
             more = true;
     }
@@ -402,7 +402,8 @@ void fab_memory_on_quiesced(struct fab_peer *p, struct fab_reader *r)
     struct fab_region *region = fab_slot_get(&e->regions, (int64_t)fab_get_u64(r));
     if (!region)
         return;
-    if (region->closing) {
+    if (region->closing && bit(region->quiet, p->slot.index)) {
+        p->quiesce_open -= p->quiesce_open > 0;
         clear_bit(region->quiet, p->slot.index);
         clear_bit(region->holders, p->slot.index);
         e->dirty = true;

@@ -25,7 +25,7 @@ bool fab_peer_has_business(const struct fab_peer *p)
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
            p->inflight.head || p->sending.head || p->sent.head || p->grants_open ||
-           p->void_count || p->due_quiesce || p->ending ||
+           p->void_count || p->due_quiesce || p->quiesce_open || p->ending ||
            atomic_load_explicit(&p->waiters, memory_order_relaxed);
 }
 

@@ -80,6 +80,11 @@ static int make_ready(struct fab_transfer *t, const char **why)
     plan(t);
     if (!t->length || !t->import)
         return 1;
+    const struct fab_import *i = t->import;
+    if (i->offset > i->grant->length || i->length > i->grant->length - i->offset) {
+        *why = "the descriptor reaches beyond its region: it was tampered with";
+        return FAB_E_FAILED;
+    }
     if (!keys_reach(t)) {
         *why = "the descriptor has no key for a NIC of its engine";
         return FAB_E_FAILED;
@@ -286,6 +291,12 @@ static void acknowledge(struct fab_transfer *t)
     p->engine->stats.tx_bytes += t->length;
 }
 
+/* The owner refused this work request alone; all else means that the lane is broken. */
+static bool refused(int status)
+{
+    return status == -EACCES || status == -EFAULT || status == -EINVAL || status == -EPERM;
+}
+
 static void work_request_failed(struct fab_transfer *t, const struct fab_lane *lane, int status)
 {
     char text[FAB_TEXT_MAX];
@@ -293,7 +304,9 @@ static void work_request_failed(struct fab_transfer *t, const struct fab_lane *l
         return;
     fab_text(t->nic, sizeof t->nic, "%s", lane->nic->info.name);
     fab_text(text, sizeof text, "a work request failed: %s (%d)", strerror(-status), status);
-    fab_transfer_fail(t, FAB_E_FAILED, text);
+    if (!refused(status))
+        fab_session_doom(t->peer, FAB_E_UNREACHABLE, text);
+    fab_transfer_fail(t, refused(status) ? FAB_E_FAILED : FAB_E_UNREACHABLE, text);
 }
 
 void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)

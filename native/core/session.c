@@ -132,7 +132,7 @@ static void forget_session(struct fab_peer *p)
     p->due_welcome = p->due_ready = p->due_ping = p->due_pong = p->due_ack = false;
     p->due_voided = p->due_quiesce = p->due_quiesced = false;
     p->void_count = p->void_sent = 0;
-    p->asked_count = p->grants_open = 0;
+    p->asked_count = p->grants_open = p->quiesce_open = 0;
     p->early_overflow = false;
 }
 

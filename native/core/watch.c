@@ -8,6 +8,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "counter.h"
 #include "peer.h"
 #include "transfer.h"
 #include "worker.h"
@@ -199,8 +200,7 @@ int64_t fab_watch_cell(struct fab_engine *e, int64_t queue, uint32_t at, uint64_
 {
     struct fab_cell *cell = &e->cells[at];
     if (atomic_load_explicit(&cell->flags, memory_order_relaxed) & FAB_CELL_VOID)
-        return fab_error(FAB_E_VOID, "the counter is void: a write under its id failed, was "
-                                     "cancelled, or its early counts overflowed; use a fresh id");
+        return fab_void_error(cell);
     if (atomic_load_explicit(&cell->sum, memory_order_acquire) >= target * FAB_PIECE_UNIT)
         return 0;
     struct fab_watch *w = new_watch(e, queue, FAB_W_COUNTER, tag);

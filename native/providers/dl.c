@@ -86,7 +86,8 @@ static void fabric_load(void)
     struct library *lib = &fabric_library;
     uint32_t (*version)(void);
 
-    if (!library_open(lib) || !library_symbol(lib, "fi_getinfo", "FABRIC_1.3", &libfabric.getinfo) ||
+    if (!library_open(lib) ||
+        !library_symbol(lib, "fi_getinfo", "FABRIC_1.3", &libfabric.getinfo) ||
         !library_symbol(lib, "fi_freeinfo", "FABRIC_1.3", &libfabric.freeinfo) ||
         !library_symbol(lib, "fi_dupinfo", "FABRIC_1.3", &libfabric.dupinfo) ||
         !library_symbol(lib, "fi_fabric", "FABRIC_1.1", &libfabric.fabric) ||

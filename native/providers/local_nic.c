@@ -52,7 +52,7 @@ static int local_list(fab_nic_info *out, uint32_t max)
 
 static int read_mode(enum local_pull_mode *mode)
 {
-    static const char *const names[] = {"auto", "vm", "staged"};
+    static const char *const names[] = {"auto", "vm", "staging"};
     const char *wanted = getenv("FABRIC_LOCAL_PULL");
     *mode = LOCAL_MODE_AUTO;
     if (!wanted || !*wanted)
@@ -62,7 +62,7 @@ static int read_mode(enum local_pull_mode *mode)
             *mode = (enum local_pull_mode)i;
             return 0;
         }
-    fab_fail_text("FABRIC_LOCAL_PULL is '%.32s'; it takes auto, vm or staged", wanted);
+    fab_fail_text("FABRIC_LOCAL_PULL is '%.32s'; it takes auto, vm or staging", wanted);
     return -EINVAL;
 }
 

@@ -186,8 +186,10 @@ static void flush_lanes(struct ofi_nic *nic)
     for (uint32_t i = 0; i < nic->lane_slots; i++) {
         struct ofi_lane *lane = nic->lanes[i];
         int rc = lane && lane->waiting.head ? ofi_lane_flush(lane) : 0;
-        if (rc)
+        if (rc) {
             ofi_lane_down(lane, rc, "libfabric refused a control frame");
+            ofi_lane_forget(lane);
+        }
     }
 }
 
@@ -306,11 +308,11 @@ static int efa_nic_open(const struct fab_nic_options *options, struct fab_nic **
 }
 
 /* import and unimport are NULL: a work request's address and key say all. */
-#define OFI_SHARED                                                                                 \
-    .nic_close = ofi_nic_close, .mr_reg = ofi_mr_reg, .mr_dereg = ofi_mr_dereg,                    \
-    .lane_open = ofi_lane_open, .lane_connect = ofi_lane_connect, .lane_close = ofi_lane_close,    \
-    .lane_send = ofi_lane_send, .origin_reply = ofi_origin_reply, .origin_drop = ofi_origin_drop,  \
-    .post = ofi_post, .poll = ofi_poll, .arm = ofi_arm, .disarm = ofi_disarm,                      \
+#define OFI_SHARED                                                                                \
+    .nic_close = ofi_nic_close, .mr_reg = ofi_mr_reg, .mr_dereg = ofi_mr_dereg,                   \
+    .lane_open = ofi_lane_open, .lane_connect = ofi_lane_connect, .lane_close = ofi_lane_close,   \
+    .lane_send = ofi_lane_send, .origin_reply = ofi_origin_reply, .origin_drop = ofi_origin_drop, \
+    .post = ofi_post, .poll = ofi_poll, .arm = ofi_arm, .disarm = ofi_disarm,                     \
     .after_fork = ofi_after_fork
 
 const struct fab_provider fab_provider_tcp = {

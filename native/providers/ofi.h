@@ -21,9 +21,11 @@
  *   four bytes there; the source address names the lane.
  * - Lanes keep no order (fab_nic_info.ordered is 0), also on tcp: libfabric silently makes a new
  *   connection when one breaks, so a later work request can succeed where an earlier one failed.
- * - On tcp everything but first contact asks for delivery completion. A local completion means
- *   only "in the socket", and a frame or write that was lost with its connection would be lost
- *   in silence.
+ * - On tcp a local completion means only "in the socket". So every frame but those of first contact
+ *   asks for delivery completion, and of a chain of writes its last and some in between. Such a
+ *   completion proves what was posted before it in the same post(): nothing in post() can change
+ *   the connection, and one connection keeps order. Writes are reported when they are proven.
+ *   (Asking for it on every write costs an acknowledgement each, a system call at both ends.)
  */
 #ifndef FAB_OFI_H
 #define FAB_OFI_H
@@ -45,6 +47,8 @@ enum {
     OFI_FRAME_BYTES = OFI_TOKEN_BYTES + FAB_FRAME_MAX,
     OFI_WINDOW = 128,             /* work requests of a lane under way */
     OFI_BYTES_OUT = 32 << 20,     /* and their bytes, so that frames do not wait long */
+    OFI_PROOF_WRITES = 16,        /* writes of a chain that one delivery completion proves */
+    OFI_PROOF_BYTES = 1 << 20,    /* or the fewer that carry this many bytes */
     OFI_LANE_RECVS = 16,          /* where a lane has an endpoint; more wait in the socket */
     OFI_LANE_SENDS = FAB_CONTROL_FRAMES + FAB_MESSAGE_FRAMES + 8,
     OFI_NIC_RECVS = 256,
@@ -57,7 +61,7 @@ enum {
     OFI_PORT_TRIES = 16,
 };
 
-#define OFI_LINGER_NS 10000000u     /* lane_close waits for frames to be taken (BYE) */
+#define OFI_LINGER_NS 20000000u     /* lane_close waits for frames to be taken (BYE) */
 #define OFI_REPLY_NS 2000000000u    /* an answer to a stranger is given up */
 #define OFI_RETRY_MIN_NS 20000u     /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
@@ -73,7 +77,7 @@ struct ofi_kind {
     const char *name;
     const char *env;         /* names the NIC that is taken when none is asked for */
     bool lane_endpoints;     /* a lane has an endpoint of its own, so lanes can be fenced */
-    bool delivery;           /* local completions prove nothing: ask for delivery completion */
+    bool delivery;           /* local completions prove nothing; one connection keeps order */
     bool device_memory;      /* GPU memory can be registered */
     bool remote_needed;      /* writes of length 0 must name the doorbell */
     uint64_t caps;           /* beyond FI_MSG | FI_RMA */
@@ -98,8 +102,12 @@ struct ofi_slot {
     bool contact;    /* OFI_SEND: to a NIC; its loss is of no consequence */
     uint32_t length; /* of the frame, token included */
     uint8_t *frame;
-    uint64_t wr_id;
-    uint64_t bytes;    /* OFI_WRITE */
+    uint64_t wr_id;       /* OFI_WRITE, and so are the next five */
+    uint64_t bytes;
+    struct ofi_slot *run; /* writes that this one's delivery proves, in order */
+    bool held;            /* waits for such a proof */
+    bool ended;           /* held, and libfabric is done with it */
+    int error;            /* an errno above 0, if it is known to have failed */
     fi_addr_t to;      /* OFI_REPLY */
     uint64_t deadline; /* OFI_REPLY */
 };

@@ -51,9 +51,8 @@ static void down(struct ofi_domain *domain, struct ofi_lane *lane, const char *w
     ofi_lane_down(lane, -event->error, text);
 }
 
-static void write_ended(struct ofi_domain *domain, const struct ofi_event *event)
+static void report_write(struct ofi_domain *domain, struct ofi_slot *slot, int error)
 {
-    struct ofi_slot *slot = event->slot;
     struct ofi_lane *lane = slot->lane;
     uint64_t wr_id = slot->wr_id;
 
@@ -61,7 +60,37 @@ static void write_ended(struct ofi_domain *domain, const struct ofi_event *event
     lane->bytes_out -= slot->bytes;
     slot->next = lane->free_writes;
     lane->free_writes = slot;
-    domain->nic->base.sink->completed(&lane->base, wr_id, -event->error);
+    domain->nic->base.sink->completed(&lane->base, wr_id, -error);
+}
+
+/* The writes before this one in its chain share its fate, unless they have a worse one. */
+static void report_run(struct ofi_domain *domain, struct ofi_slot *slot, int error)
+{
+    struct ofi_slot *next;
+
+    for (struct ofi_slot *held = slot->run; held; held = next) {
+        next = held->next;
+        if (held->error == 0)
+            held->error = error;
+        held->held = false;
+        if (held->ended)
+            report_write(domain, held, held->error);
+    }
+}
+
+static void write_ended(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    struct ofi_slot *slot = event->slot;
+    struct ofi_lane *lane = slot->lane;
+
+    if (event->error)
+        slot->error = event->error;
+    if (slot->held) {
+        slot->ended = true;
+    } else {
+        report_run(domain, slot, slot->error);
+        report_write(domain, slot, slot->error);
+    }
     if (event->error)
         down(domain, lane, "a write", event);
 }

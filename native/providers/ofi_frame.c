@@ -73,8 +73,8 @@ int ofi_lane_send(struct fab_lane *base, const uint8_t *bytes, uint32_t length,
     (void)attach; /* a key says all that a peer needs */
     if (length > FAB_FRAME_MAX)
         return -EMSGSIZE;
-    if (lane->down || !lane->pointed)
-        return -ENOTCONN;
+    if (!lane->pointed)
+        return -ENOTCONN; /* a lane that is down may still get a BYE out, on a new connection */
     if (!lane->peer_token)
         ofi_lane_forget(lane);
     struct ofi_slot *slot = ofi_pool_take(&lane->sends);

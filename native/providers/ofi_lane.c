@@ -9,6 +9,7 @@
  */
 #include <errno.h>
 #include <netinet/in.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -345,22 +346,43 @@ static ssize_t post_one(struct ofi_lane *lane, const struct fab_wr *wr, uint64_t
 
     if (kind->cq_data_size >= 8)
         msg.data |= lane->peer_token << 32;
-    if (kind->delivery)
-        flags |= FI_DELIVERY_COMPLETE;
     if (wr->flags & FAB_WR_IMM)
         flags |= FI_REMOTE_CQ_DATA;
     return fi_writemsg(lane->port->ep, &msg, flags | FI_COMPLETION);
 }
 
-static void taken(struct ofi_lane *lane, const struct fab_wr *wr)
+/* What a chain of writes still has to prove. */
+struct run {
+    struct ofi_fifo held;
+    uint32_t count;
+    uint64_t bytes;
+};
+
+static bool proves(const struct run *run, const struct fab_wr *wr, bool last)
+{
+    return last || run->count + 1 >= OFI_PROOF_WRITES || run->bytes + wr->length >= OFI_PROOF_BYTES;
+}
+
+static void taken(struct ofi_lane *lane, const struct fab_wr *wr, bool held, struct run *run)
 {
     struct ofi_slot *slot = lane->free_writes;
 
     lane->free_writes = slot->next;
     slot->wr_id = wr->wr_id;
     slot->bytes = wr->length;
+    slot->run = held ? NULL : run->held.head;
+    slot->held = held;
+    slot->ended = false;
+    slot->error = 0;
     lane->writes_out++;
     lane->bytes_out += wr->length;
+    if (held) {
+        ofi_fifo_push(&run->held, slot);
+        run->count++;
+        run->bytes += wr->length;
+    } else {
+        memset(run, 0, sizeof(*run));
+    }
 }
 
 /* How many of n fit the window and the bytes that may be under way (one always does). */
@@ -375,9 +397,27 @@ static int fitting(const struct ofi_lane *lane, const struct fab_wr *wrs, int n)
     return count;
 }
 
+/* A chain ended early. Whatever it still had to prove cannot be proven any more: a write posted
+ * later may travel on another connection. */
+static int cut_short(struct ofi_lane *lane, const struct run *run, int taken_count, int verdict,
+                     ssize_t rc)
+{
+    char text[FAB_TEXT_MAX];
+
+    if (verdict == 0 && !run->held.head)
+        return taken_count;
+    (void)snprintf(text, sizeof(text), "%s %.40s: libfabric refused a write: %.100s",
+                   nic_of(lane)->kind->name, lane->base.nic->info.name,
+                   nic_of(lane)->lib->strerror((int)-rc));
+    ofi_lane_down(lane, verdict ? verdict : -ENOBUFS, text);
+    return taken_count ? taken_count : verdict;
+}
+
 int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
 {
     struct ofi_lane *lane = (struct ofi_lane *)base;
+    bool delivery = nic_of(lane)->kind->delivery;
+    struct run run = {.count = 0};
 
     if (lane->down)
         return -ENOTCONN;
@@ -385,16 +425,14 @@ int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
         return 0;
     int count = fitting(lane, wrs, n);
     for (int i = 0; i < count; i++) {
-        ssize_t rc = post_one(lane, &wrs[i], i + 1 < count ? FI_MORE : 0);
+        bool last = i + 1 == count;
+        bool held = delivery && !proves(&run, &wrs[i], last);
+        uint64_t flags = (last ? 0 : FI_MORE) | (delivery && !held ? FI_DELIVERY_COMPLETE : 0);
+        ssize_t rc = post_one(lane, &wrs[i], flags);
         int verdict = ofi_lane_verdict(lane, rc);
-        if (verdict < 0) {
-            (void)ofi_fail(nic_of(lane), "posting a write", rc);
-            ofi_lane_down(lane, verdict, "libfabric refused a write");
-            return i ? i : verdict;
-        }
-        if (verdict == 0)
-            return i;
-        taken(lane, &wrs[i]);
+        if (verdict <= 0)
+            return cut_short(lane, &run, i, verdict, rc);
+        taken(lane, &wrs[i], held, &run);
     }
     return count;
 }
@@ -406,8 +444,7 @@ static void linger(struct ofi_domain *domain, struct ofi_lane *lane)
 {
     uint64_t end = ofi_now() + OFI_LINGER_NS;
 
-    while (!lane->down && (lane->sends_out || lane->waiting.head) && ofi_now() < end &&
-           !ofi_domain_full(domain)) {
+    while ((lane->sends_out || lane->waiting.head) && ofi_now() < end && !ofi_domain_full(domain)) {
         if (ofi_lane_flush(lane))
             return;
         (void)ofi_domain_read(domain);

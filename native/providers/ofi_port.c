@@ -81,8 +81,8 @@ void ofi_pool_close(struct ofi_pool *pool)
 
 int ofi_port_recv(struct ofi_port *port, struct ofi_slot *slot)
 {
-    ssize_t rc = fi_recv(port->ep, slot->frame, OFI_FRAME_BYTES, port->recvs.desc,
-                         FI_ADDR_UNSPEC, &slot->context);
+    ssize_t rc = fi_recv(port->ep, slot->frame, OFI_FRAME_BYTES, port->recvs.desc, FI_ADDR_UNSPEC,
+                         &slot->context);
 
     if (rc)
         return (int)rc;

@@ -1,8 +1,8 @@
 /* The libfabric provider on tcp, driven as the core drives it: two processes on loopback.
  *
  * Every test forks a target before anything is opened; parent and child talk over a socket pair
- * (blobs, keys, steps) while they keep polling. test_ofi [name] runs one test; SEED=n repeats a
- * run; FABRIC_LIBFABRIC names another library. Exit status 77: no libfabric here.
+ * (blobs, keys, steps) while they keep polling. test_ofi [name] runs one test (speed only so);
+ * SEED=n repeats a run; FABRIC_LIBFABRIC names another library. Exit status 77: no libfabric here.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -28,14 +28,14 @@ enum { MAX_SIDE_NICS = 2, MAX_SIDE_LANES = 8, HELLO = 1, WELCOME, BYE, DATA, REF
 #define BUFFER (64u * MIB + 8192)
 #define TEST_SECONDS 60
 
-#define CHECK(condition, ...)                                                                      \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, side.role, #condition);         \
-            fprintf(stderr, __VA_ARGS__);                                                          \
-            fprintf(stderr, "\n");                                                                 \
-            exit(1);                                                                               \
-        }                                                                                          \
+#define CHECK(condition, ...)                                                              \
+    do {                                                                                   \
+        if (!(condition)) {                                                                \
+            fprintf(stderr, "%s:%d: %s: %s: ", __FILE__, __LINE__, side.role, #condition); \
+            fprintf(stderr, __VA_ARGS__);                                                  \
+            fprintf(stderr, "\n");                                                         \
+            exit(1);                                                                       \
+        }                                                                                  \
     } while (0)
 
 struct frame {
@@ -227,13 +227,13 @@ static void run_for(double seconds)
         progress();
 }
 
-#define UNTIL(condition)                                                                           \
-    do {                                                                                           \
-        double until = now() + 10;                                                                 \
-        while (!(condition)) {                                                                     \
-            progress();                                                                            \
-            CHECK(now() < until, "did not happen in 10 s");                                        \
-        }                                                                                          \
+#define UNTIL(condition)                                    \
+    do {                                                    \
+        double until = now() + 20;                          \
+        while (!(condition)) {                              \
+            progress();                                     \
+            CHECK(now() < until, "did not happen in 20 s"); \
+        }                                                   \
     } while (0)
 
 static void tell(uint64_t value)
@@ -390,6 +390,15 @@ static void sizes_target(void)
     close_side();
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+/* libfabric 1.17 keeps some 700 bytes of every endpoint that was closed. */
+const char *__lsan_default_suppressions(void);
+const char *__lsan_default_suppressions(void)
+{
+    return "leak:libfabric.so";
+}
+#endif
+
 enum { PAGES = 1000, PAGE = 4096 };
 
 static uint32_t page_place(uint32_t i)
@@ -507,7 +516,7 @@ static void kill_initiator(void)
 {
     open_side(1);
     struct end *end = connect_lane(0);
-    double start, post_killed = 0;
+    double start;
     for (int i = 0; i < 40; i++)
         put(end, 0, 0, MIB, 1);
     UNTIL(end->completed > 4);
@@ -515,11 +524,11 @@ static void kill_initiator(void)
     kill(target_pid, SIGKILL);
     start = now();
     while (!end->down) {
-        struct fab_wr wr = wr_of(end, 0, 0, MIB);
-        if (provider->post(end->lane, &wr, 1) == 1) {
-            end->taken++;
-            post_killed++;
-        }
+        struct fab_wr wrs[3] = {wr_of(end, 0, 0, MIB), wr_of(end, 0, 0, 8), wr_of(end, 0, 0, 64)};
+        wrs[1].wr_id++;
+        wrs[2].wr_id += 2;
+        int rc = provider->post(end->lane, wrs, 3);
+        end->taken += rc > 0 ? (uint64_t)rc : 0;
         progress();
         CHECK(now() < start + 5, "death was not noticed");
     }
@@ -578,6 +587,52 @@ static void fence_target(void)
     }
     free(copy);
     tell(0);
+    close_side();
+}
+
+/* A bad key makes libfabric drop the connection, with both processes alive, and make another. */
+static void dropped_initiator(void)
+{
+    struct fab_wr wrs[12];
+
+    open_side(1);
+    struct end *end = connect_lane(0);
+    put(end, 0, 0, 64, 1);
+    for (int i = 0; i < 12; i++) {
+        wrs[i] = wr_of(end, 0, 0, 4096);
+        wrs[i].wr_id += (uint64_t)i;
+        wrs[i].imm = (uint32_t)i + 2;
+    }
+    wrs[5].rkey ^= 0x5555;
+    CHECK(provider->post(end->lane, wrs, 12) == 12, "post");
+    end->taken += 12;
+    UNTIL(end->down && end->completed == end->taken);
+    CHECK(end->failed > 0, "the bad key was no failure");
+    CHECK(provider->post(end->lane, wrs, 1) < 0, "posted on a broken lane");
+    tell(end->completed - end->failed);
+    send_frame(end, BYE, 0); /* goes out on a connection of its own */
+    hear();
+    close_end(end);
+    side.lanes = 1;
+    end = connect_lane(0); /* the NIC lives on */
+    put(end, 0, 0, 4096, 1);
+    UNTIL(end->completed == 1 && !end->failed);
+    tell(0);
+    close_side();
+}
+
+static void dropped_target(void)
+{
+    struct end *end = &side.ends[0];
+
+    open_side(1);
+    uint64_t proven = hear();
+    UNTIL(end->bye);
+    CHECK(end->imms >= proven && end->imms <= 6, "%lu immediates, %lu writes were reported done",
+          (unsigned long)end->imms, (unsigned long)proven);
+    close_end(end);
+    tell(0);
+    hear();
     close_side();
 }
 
@@ -779,9 +834,19 @@ static void stream(struct end *end, uint64_t size, uint32_t count)
 {
     double start = now();
     uint64_t goal = end->taken + count;
+    struct fab_wr wrs[32];
 
-    for (uint32_t i = 0; i < count; i++)
-        put(end, (i % 16) * size, (i % 16) * size, size, i);
+    while (end->taken < goal) {
+        int n = 0;
+        for (; n < 32 && end->taken + (uint64_t)n < goal; n++) {
+            wrs[n] = wr_of(end, (uint64_t)n % 16 * size, (uint64_t)n % 16 * size, size);
+            wrs[n].wr_id += (uint64_t)n;
+        }
+        int rc = provider->post(end->lane, wrs, n);
+        CHECK(rc >= 0, "post %d", rc);
+        end->taken += (uint64_t)rc;
+        progress();
+    }
     UNTIL(end->completed == goal);
     double took = now() - start;
     printf("  %8lu bytes: %6.2f GB/s, %8.0f writes/s\n", (unsigned long)size,
@@ -846,6 +911,7 @@ static const struct test tests[] = {
     {"idle", idle_initiator, idle_target, false},
     {"fence", fence_initiator, fence_target, false},
     {"cycles", cycles_initiator, cycles_target, false},
+    {"dropped", dropped_initiator, dropped_target, false},
     {"kill", kill_initiator, serve_forever, true},
     {"stopped", stopped_initiator, serve_forever, true},
     {"speed", speed_initiator, speed_target, false},
@@ -939,7 +1005,7 @@ int main(int argc, char **argv)
     if (status)
         return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
     for (uint32_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
-        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0)
+        if (argc < 2 ? tests[i].initiator != speed_initiator : !strcmp(argv[1], tests[i].name))
             failed += !run_test(&tests[i]);
     return failed != 0;
 }

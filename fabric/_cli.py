@@ -1,0 +1,132 @@
+"""The command ``fabric``: what this machine has, for people and for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from ._env import VARIABLES
+from ._errors import FabricError, text_of
+from ._native import ffi, lib
+from ._nics import PROVIDERS, Nic, list_nics
+
+LIBRARIES = ("libfabric", "libibverbs")
+_TEXT_BYTES = 4096
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fabric", description="Tools of llm-fabric: one-sided RDMA writes for LLM serving."
+    )
+    parser.add_argument("--version", action="version", version=f"llm-fabric {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True)
+    info = commands.add_parser(
+        "info",
+        help="libraries, providers and NICs of this machine",
+        description="Say which libraries were loaded, which providers work here with which NICs, "
+        "and why others do not. Exit status: 0 if any provider works, 1 if none does.",
+    )
+    shape = info.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print JSON")
+    shape.add_argument(
+        "--env", action="store_true", help="print the environment variables that are read"
+    )
+    options = parser.parse_args(argv)
+    if options.env:
+        print_env()
+        return 0
+    facts = gather()
+    if options.json:
+        json.dump(facts, sys.stdout, indent=2)
+        print()
+    else:
+        print_facts(facts)
+    return 0 if any(provider["nics"] for provider in facts["providers"]) else 1
+
+
+def gather() -> dict[str, Any]:
+    """Return everything that ``fabric info`` prints, as JSON has it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "memlock_bytes": {"soft": _limit(soft), "hard": _limit(hard)},
+        "providers": [_provider(name) for name in PROVIDERS],
+        "libraries": [_library(name) for name in LIBRARIES],
+        "environment": {variable.name: variable.value for variable in VARIABLES},
+    }
+
+
+def _limit(value: int) -> int | None:
+    return None if value == resource.RLIM_INFINITY else value
+
+
+def _library(name: str) -> dict[str, Any]:
+    path, version = ffi.new("char[]", _TEXT_BYTES), ffi.new("char[]", _TEXT_BYTES)
+    code = lib.fab_library(name.encode(), path, _TEXT_BYTES, version, _TEXT_BYTES)
+    reason = None if code == 0 else text_of(lib.fab_error_text())
+    return {
+        "name": name,
+        "path": text_of(path) if code == 0 else None,
+        "version": text_of(version) if code == 0 else None,
+        "reason": reason,
+    }
+
+
+def _provider(name: str) -> dict[str, Any]:
+    nics: list[Nic] = []
+    reason = None
+    try:
+        nics = list_nics(name)
+    except FabricError as error:
+        reason = str(error)
+    return {"name": name, "nics": [dataclasses.asdict(nic) for nic in nics], "reason": reason}
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print what `gather` returned, one fact to a line."""
+    print(f"llm-fabric {facts['version']}")
+    print(f"python {facts['python']}, Linux {facts['kernel']} {facts['machine']}")
+    for library in facts["libraries"]:
+        if library["reason"] is None:
+            print(f"{library['name']} {library['version']}: {library['path']}")
+        else:
+            print(f"{library['name']} not loaded: {library['reason']}")
+    print(f"locked memory: {_memlock(facts['memlock_bytes'])}")
+    for provider in facts["providers"]:
+        print(f"provider {provider['name']}:" + ("" if provider["nics"] else " none"))
+        for nic in provider["nics"]:
+            print(f"    {_nic(nic)}")
+        if provider["reason"]:
+            print(f"    {provider['reason']}")
+
+
+def _memlock(limits: dict[str, int | None]) -> str:
+    soft = limits["soft"]
+    if soft is None:
+        return "unlimited"
+    return f"{soft >> 10} KiB; NICs may need more, see `ulimit -l`"
+
+
+def _nic(nic: dict[str, Any]) -> str:
+    speed = f"{nic['speed_bps'] / 1e9:g} Gb/s" if nic["speed_bps"] else "speed unknown"
+    order = "ordered" if nic["ordered"] else "unordered"
+    return f"{nic['name']}  [{nic['provider']}, {'up' if nic['up'] else 'down'}, {speed}, {order}]"
+
+
+def print_env() -> None:
+    """Print the registry of environment variables, as lines that a shell can read."""
+    for variable in VARIABLES:
+        print(f"# {variable.meaning} (default: {variable.default})")
+        value = variable.value
+        print(f"#{variable.name}=" if value is None else f"{variable.name}={value}")
