@@ -88,7 +88,7 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     return digest.hexdigest()[:16]
 
 
-class PagedCache(DynamicCache):
+class PagedCache(DynamicCache):  # type: ignore[misc]
     """A cache that also copies each layer's K and V into pages, and says when it has.
 
     Args:
@@ -141,12 +141,12 @@ def cache_from_pages(pages: torch.Tensor, indices: Sequence[int], tokens: int) -
     return cache
 
 
-@torch.inference_mode()
 def prefill(model: LlamaForCausalLM, prompt: Sequence[int], cache: PagedCache) -> torch.Tensor:
     """Run the prompt. Returns the last token's hidden state, shape (hidden,). Samples nothing."""
-    ids = torch.tensor([prompt])
-    hidden: torch.Tensor = model.model(input_ids=ids, past_key_values=cache).last_hidden_state
-    return hidden[0, -1].contiguous()
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        hidden = model.model(input_ids=ids, past_key_values=cache).last_hidden_state
+        return hidden[0, -1].contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,24 +163,23 @@ class Generated:
         return max(abs(a - b) for a, b in zip(self.logits, other.logits, strict=True))
 
 
-@torch.inference_mode()
 def decode(
     model: LlamaForCausalLM, hidden: torch.Tensor, cache: DynamicCache, new_tokens: int
 ) -> Generated:
     """Generate greedily, from the prompt's cache and its last hidden state alone."""
-    logits = model.lm_head(hidden)
     made = Generated([], [])
-    while True:
-        best = logits.max(dim=-1)
-        made.tokens.append(int(best.indices))
-        made.logits.append(float(best.values))
-        if len(made.tokens) == new_tokens:
-            return made
-        ids = torch.tensor([made.tokens[-1:]])
-        logits = model(input_ids=ids, past_key_values=cache).logits[0, -1]
+    with torch.inference_mode():
+        logits = model.lm_head(hidden)
+        while True:
+            best = logits.max(dim=-1)
+            made.tokens.append(int(best.indices))
+            made.logits.append(float(best.values))
+            if len(made.tokens) == new_tokens:
+                return made
+            ids = torch.tensor([made.tokens[-1:]])
+            logits = model(input_ids=ids, past_key_values=cache).logits[0, -1]
 
 
-@torch.inference_mode()
 def undivided(model: LlamaForCausalLM, prompt: Sequence[int], new_tokens: int) -> Generated:
     """The reference: the same by plain `transformers`, in one process and one call."""
     ids = torch.tensor([prompt])

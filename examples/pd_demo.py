@@ -10,6 +10,7 @@ or failed, 2 wrong arguments, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -41,12 +42,12 @@ class DemoError(Exception):
 
 
 class Worker:
-    """One worker process and its JSON lines."""
+    """One worker process. Its events go to the `Stage` that it belongs to."""
 
-    def __init__(self, role: str, options: str) -> None:
+    def __init__(self, role: str, options: str, events: queue.Queue[Event]) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
         self.role = role
-        self._events: queue.Queue[Event] = queue.Queue()
+        self._events = events
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "_pd_roles.py"), role, options],
             stdin=subprocess.PIPE,
@@ -57,49 +58,74 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     def tell(self, **command: object) -> None:
-        """Send one command."""
+        """Send one command. A worker that is gone is noticed by its last event."""
         pipe = _pipe(self._process.stdin)
-        pipe.write(json.dumps(command) + "\n")
-        pipe.flush()
-
-    def expect(self, kind: str) -> Event:
-        """The next event, which must be of this kind.
-
-        Raises:
-            DemoError: it failed, died, or said nothing for `PATIENCE` seconds.
-        """
-        try:
-            event = self._events.get(timeout=PATIENCE)
-        except queue.Empty:
-            raise DemoError(f"{self.role}: nothing happened for {PATIENCE:.0f} s") from None
-        if event["event"] == kind:
-            return event
-        raise DemoError(f"{self.role}: {event['text']}")
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write(json.dumps(command) + "\n")
+            pipe.flush()
 
     def kill(self) -> None:
         """End the process and do not wait for it."""
         self._process.kill()
 
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            self._process.wait(2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def leave(self) -> None:
-        """Let the process close its engine and end."""
-        self.tell(leave=True)
-        self.expect("bye")
-        self._process.wait(10)
+    def wait(self) -> None:
+        """Wait for the end of the process."""
+        self._process.wait(PATIENCE)
 
     def _read(self) -> None:
         for line in _pipe(self._process.stdout):
-            self._events.put(json.loads(line))
-        self._events.put({"event": "end", "text": f"ended, status {self._process.wait()}"})
+            self._events.put({"role": self.role, **json.loads(line)})
+        text = f"ended, status {self._process.wait()}"
+        self._events.put({"role": self.role, "event": "end", "text": text})
+
+
+class Stage:
+    """Both workers, and what they say."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._kept: list[Event] = []
+
+    def start(self, role: str, options: str) -> Worker:
+        """Start a worker."""
+        worker = Worker(role, options, self._events)
+        self.workers.append(worker)
+        return worker
+
+    def expect(self, worker: Worker, kind: str) -> Event:
+        """The worker's next event of this kind; other good ones are kept for later.
+
+        Raises:
+            DemoError: a worker failed, died, or nobody said anything for `PATIENCE` seconds.
+        """
+        for event in self._kept:
+            if (event["role"], event["event"]) == (worker.role, kind):
+                self._kept.remove(event)
+                return event
+        while True:
+            try:
+                event = self._events.get(timeout=PATIENCE)
+            except queue.Empty:
+                raise DemoError(f"{worker.role}: nothing for {PATIENCE:.0f} s") from None
+            if event["event"] in {"error", "end"}:
+                raise DemoError(f"{event['role']}: {event['text']}")
+            if (event["role"], event["event"]) == (worker.role, kind):
+                return event
+            self._kept.append(event)
+
+    def leave(self) -> None:
+        """Let the workers close their engines and end, the decoder first."""
+        for worker in reversed(self.workers):
+            worker.tell(leave=True)
+            self.expect(worker, "bye")
+            worker.wait()
+            self._events.get(timeout=PATIENCE)  # its end
+
+    def kill(self) -> None:
+        """End the workers, whatever they are doing, and do not wait for them."""
+        for worker in self.workers:
+            worker.kill()
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
@@ -149,28 +175,27 @@ def workload(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in names}
 
 
-def run(options: argparse.Namespace, workers: list[Worker]) -> list[Event]:
-    """Run the two processes. Appends to `workers` what it starts; returns one event a request."""
-    shared = {
-        "provider": options.provider,
-        "corrupt": options.corrupt,
-        "workload": workload(options),
-    }
-    for role in ("prefill", "decode"):
-        workers.append(Worker(role, json.dumps(shared)))
-    prefill, decode = workers
+def run(options: argparse.Namespace, stage: Stage) -> list[Event]:
+    """Run the two processes; returns one event a request."""
+    shared = json.dumps(
+        {
+            "provider": options.provider,
+            "corrupt": options.corrupt,
+            "workload": workload(options),
+        }
+    )
+    prefill, decode = stage.start("prefill", shared), stage.start("decode", shared)
     import _pd_report  # noqa: F401  (with torch behind it; the workers take as long meanwhile)
 
-    address = prefill.expect("ready")["address"]
-    decode.expect("ready")
+    address = stage.expect(prefill, "ready")["address"]
+    stage.expect(decode, "ready")
     decode.tell(prefiller=address)
     seen: list[Event] = [{} for _ in range(options.requests)]
     for worker, kind in ((decode, "decoded"), (prefill, "prefilled")):
         for _ in seen:
-            event = worker.expect(kind)
+            event = stage.expect(worker, kind)
             seen[event["request"]] |= event
-    decode.leave()
-    prefill.leave()
+    stage.leave()
     return seen
 
 
@@ -207,15 +232,14 @@ def described(options: argparse.Namespace) -> str:
     )
 
 
-def end_with_signals(workers: list[Worker]) -> None:
+def end_with_signals(stage: Stage) -> None:
     """On Ctrl-C or SIGTERM, end the workers and this process at once.
 
     Not by an exception: imports of large packages swallow those.
     """
 
     def end(number: int, _: object) -> None:
-        for worker in workers:
-            worker.kill()
+        stage.kill()
         os.write(2, b"\npd_demo.py: interrupted\n")
         os._exit(128 + number)
 
@@ -231,17 +255,18 @@ def main() -> int:
         print(f"pd_demo.py: not installed: {', '.join(missing)}; run make demo", file=sys.stderr)
         return 1
     print(f"prefill -> decode, {described(options)}\n", flush=True)
-    workers: list[Worker] = []
-    end_with_signals(workers)
+    stage = Stage()
+    end_with_signals(stage)
     started = time.monotonic()
     try:
-        return report(options, run(options, workers), started)
+        return report(options, run(options, stage), started)
     except DemoError as error:
         print(f"pd_demo.py: {error}", file=sys.stderr)
         return 1
     finally:
-        for worker in workers:
-            worker.stop()
+        stage.kill()
+        for worker in stage.workers:
+            worker.wait()
 
 
 if __name__ == "__main__":

@@ -463,7 +463,7 @@ class Decoder:
         if self._tails is None:
             return memoryview(b"")
         start = slot[0] * tail_stride(size)
-        return memoryview(self._tails.region.numpy()[start : start + size]).toreadonly()
+        return self._tails.region.numpy()[start : start + size].data.toreadonly()
 
     def _listen(self) -> None:
         while not self._closing.is_set():

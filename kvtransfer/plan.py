@@ -46,7 +46,8 @@ def page_rows(layout: KvLayout, pages: Sequence[int], capacity: int) -> npt.NDAr
     """
     index = np.asarray(pages, dtype=np.int32)
     starts = np.arange(layout.parts, dtype=np.int32) * np.int32(capacity)
-    return (starts[:, None] + index[None, :]).reshape(-1)
+    rows: npt.NDArray[np.int32] = (starts[:, None] + index[None, :]).reshape(-1)
+    return rows
 
 
 def layer_write(

@@ -262,12 +262,16 @@ class Farm:
         """Kill process `pid`, a child that a node forked, when the test is over."""
         self.strangers.append(pid)
 
+    def kill_strangers(self) -> None:
+        """Kill the adopted processes now."""
+        while self.strangers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.strangers.pop(), signal.SIGKILL)
+
     def close(self) -> None:
         """End every process. A node that is alive must leave cleanly, with status 0."""
         codes = {}
-        for pid in self.strangers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill_strangers()
         try:
             for node in self.nodes:
                 alive = node.alive()

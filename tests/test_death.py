@@ -15,13 +15,12 @@ from tests import commands
 from tests.harness import Farm, Node, wait_until
 from tests.node import Failure, State, describe
 
-BIG = 256 << 20  # bytes of the write that is cut short
 PAGE = 1 << 20
-PAGES = 32_768  # of the paged write that is cut short: 32 GiB, over the same 64 MiB again
+SLOTS = 64  # pages of a destination
+PAGES = 32_768  # of the write that is cut short: seconds of work, its last page alone at the end
 MARK = 0xA5  # what the source holds; the destination holds zeros
 TIMEOUT = 2.0  # peer_timeout of these engines, in seconds
-SLACK = 0.75  # for two busy cores, in seconds
-PROBE_EVERY = 1 << 16
+SLACK = 1.5  # for two cores that others use as well, in seconds
 CHILDREN = ["none", "python", "raw"]
 
 
@@ -43,15 +42,16 @@ def landed(node: State, name: str) -> int:
     return marks
 
 
-def strike_when_partial(node: State, name: str, pid: int, number: int) -> tuple[float, int]:
-    """Send a signal as soon as the first bytes are in a region; returns when, and how many."""
-    probes = commands.see(node, name)[::PROBE_EVERY]
+def strike_when_partial(node: State, name: str, pid: int, number: int) -> float:
+    """Send a signal when the first byte is in a region and the last is not; returns when."""
+    view = commands.see(node, name)
     deadline = time.monotonic() + 20.0
-    while not probes.any():
-        if time.monotonic() > deadline:
-            raise TimeoutError("nothing came")
+    while view[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0)
+    if view[0] == 0 or view[-1] != 0:
+        raise AssertionError("nothing came, or all of it at once")
     os.kill(pid, number)
-    return time.monotonic(), int(np.count_nonzero(probes)) * PROBE_EVERY
+    return time.monotonic()
 
 
 def die_when_counted(node: State, name: str, count: int) -> None:
@@ -71,11 +71,12 @@ def when_it_failed(
     raise AssertionError("the wait came to a good end")
 
 
-def fail_to_write(node: State, descriptor: bytes, imm: int, pages: int) -> tuple[float, Failure]:
-    """Write many pages in vain; returns when that became clear, and how."""
+def write_for_long(node: State, descriptor: bytes, imm: int) -> tuple[float, Failure | None]:
+    """Write many pages, the last place only at the end; returns when that ended, and how."""
     remote = fabric.Descriptor.from_bytes(descriptor)
-    sources = np.zeros(pages, np.int32)
-    targets = (np.arange(pages) % (len(remote) // PAGE)).astype(np.int32)
+    sources = np.zeros(PAGES, np.int32)
+    targets = (np.arange(PAGES) % (SLOTS - 1)).astype(np.int32)
+    targets[-1] = SLOTS - 1
     transfer = node.engine.write_pages(
         node.things["src"], remote, sources, targets, page_bytes=PAGE, imm=imm
     )
@@ -83,7 +84,7 @@ def fail_to_write(node: State, descriptor: bytes, imm: int, pages: int) -> tuple
         transfer.wait(timeout=60.0)
     except fabric.FabricError as error:
         return time.monotonic(), describe(error)
-    raise AssertionError("the write came to a good end")
+    return time.monotonic(), None
 
 
 def exchange(one: Node, other: Node) -> None:
@@ -108,8 +109,18 @@ def fork_in(farm: Farm, node: Node, how: str) -> None:
         farm.adopt(node.call(commands.fork_raw))
 
 
-def same_descriptors(node: Node, before: list[str]) -> None:
-    """Check that a process got rid of every file descriptor that a dead peer cost."""
+def same_descriptors(farm: Farm, node: Node, before: list[str]) -> None:
+    """Check that a process got rid of every file descriptor that a dead peer cost.
+
+    On tcp the connection of the first contact is libfabric's, and is not closed one by one: it
+    stays while a forked child of the dead process holds its other end, and goes with that child.
+    """
+    if farm.provider == "tcp":
+        extra = list(node.call(commands.descriptors_open))
+        for name in before:
+            extra.remove(name)
+        assert extra in ([], ["socket"])
+        farm.kill_strangers()
     with contextlib.suppress(AssertionError):
         wait_until(lambda: node.call(commands.descriptors_open) == before, 3.0, "leak")
     assert node.call(commands.descriptors_open) == before
@@ -122,28 +133,28 @@ def test_the_sender_is_killed(farm: Farm, provider: str, child: str, kind: str) 
     exchange(b, c)
     before = b.call(commands.descriptors_open)
     a = farm("a", peer_timeout=TIMEOUT)
-    a.region("src", BIG, None)
+    a.region("src", PAGE, None)
     a.call(mark, "src")
-    descriptor = b.region("dst", BIG, None, kind)
+    descriptor = b.region("dst", SLOTS * PAGE, None, kind)
     imm = b.counter("count")
     a.write("src", descriptor, length=0, imm=imm)
     b.wait("count", 1)
     fork_in(farm, a, child)
-    waiting = b.start(when_it_failed, "count", 2, [a.address], thread=True)
-    a.start(commands.write, "src", descriptor, {"imm": imm}, thread=True)
-    struck, seen = b.call(strike_when_partial, "dst", a.pid, signal.SIGKILL)
-    assert 0 < seen < BIG
+    waiting = b.start(when_it_failed, "count", PAGES + 1, [a.address], thread=True)
+    a.start(write_for_long, descriptor, imm, thread=True)
+    struck = b.call(strike_when_partial, "dst", a.pid, signal.SIGKILL)
     failed, failure = waiting.result()
     assert failure.name == "PeerUnreachable", failure.traceback
     assert failed - struck < limit(provider)
     b.call(commands.disconnect, a.address)
-    assert 0 < b.call(landed, "dst") < BIG
+    value = b.value("count")
+    assert 0 < b.call(landed, "dst") < SLOTS * PAGE
     assert b.call(commands.changes, "dst", 0.5) == ""
-    assert b.value("count") == 1
+    assert b.value("count") == value < PAGES + 1
     exchange(b, c)
     b.call(commands.release, "count")
     b.call(commands.deregister, "dst")
-    same_descriptors(b, before)
+    same_descriptors(farm, b, before)
 
 
 @pytest.mark.parametrize("child", CHILDREN)
@@ -154,16 +165,16 @@ def test_the_receiver_is_killed(farm: Farm, provider: str, child: str, kind: str
     before = a.call(commands.descriptors_open)
     b = farm("b", peer_timeout=TIMEOUT)
     a.region("src", PAGE, 3)
-    descriptor = b.region("dst", 64 * PAGE, 4, kind)
+    descriptor = b.region("dst", SLOTS * PAGE, 4, kind)
     imm = b.counter("count")
     a.write("src", descriptor, imm=imm)
     fork_in(farm, b, child)
-    writing = a.start(fail_to_write, descriptor, imm, PAGES, thread=True)
+    writing = a.start(write_for_long, descriptor, imm, thread=True)
     b.start(die_when_counted, "count", 20)
     b.process.wait(30.0)
     struck = time.monotonic()
-    assert not writing.done(), "the transfer had ended before the receiver was killed"
     failed, failure = writing.result()
+    assert failure is not None, "the transfer had ended before the receiver was killed"
     assert failure.name == "PeerUnreachable", failure.traceback
     assert failed - struck < limit(provider)
     assert 0 < failure.attributes["acknowledged"] < PAGES
@@ -171,7 +182,7 @@ def test_the_receiver_is_killed(farm: Farm, provider: str, child: str, kind: str
     a.call(commands.disconnect, b.address)
     a.call(commands.deregister, "src")
     exchange(a, c)
-    same_descriptors(a, before)
+    same_descriptors(farm, a, before)
 
 
 def test_a_transfer_to_one_that_is_gone(farm: Farm) -> None:
@@ -228,15 +239,14 @@ def test_a_slow_wait_does_not_hold_up_other_peers(farm: Farm) -> None:
 def test_the_sender_hangs(farm: Farm, provider: str) -> None:
     a, b, c = (farm(name, peer_timeout=TIMEOUT) for name in "abc")
     exchange(b, c)
-    a.region("src", BIG, None)
+    a.region("src", PAGE, None)
     a.call(mark, "src")
-    descriptor = b.region("dst", BIG, None)
+    descriptor = b.region("dst", SLOTS * PAGE, None)
     imm = b.counter("count")
     a.write("src", descriptor, length=0, imm=imm)
-    waiting = b.start(when_it_failed, "count", 2, [a.address], thread=True)
-    a.start(outcome_of_write, descriptor, imm, thread=True)
-    struck, seen = b.call(strike_when_partial, "dst", a.pid, signal.SIGSTOP)
-    assert 0 < seen < BIG
+    waiting = b.start(when_it_failed, "count", PAGES + 1, [a.address], thread=True)
+    writing = a.start(write_for_long, descriptor, imm, thread=True)
+    struck = b.call(strike_when_partial, "dst", a.pid, signal.SIGSTOP)
     failed, failure = waiting.result()
     assert failure.name in ("PeerUnreachable", "FencePending"), failure.traceback
     assert failed - struck < TIMEOUT + SLACK
@@ -248,21 +258,15 @@ def test_the_sender_hangs(farm: Farm, provider: str) -> None:
             b.call(commands.deregister, "dst")
         a.thaw()
         wait_until(lambda: b.call(fenced, a.address), 5.0, "the fence stays pending")
-    before = b.call(landed, "dst")
+    before, value = b.call(landed, "dst"), b.value("count")
     a.thaw()
     assert b.call(commands.changes, "dst", 1.0) == ""
-    assert b.call(landed, "dst") == before < BIG
-    assert b.value("count") == 1
+    assert 0 < b.call(landed, "dst") == before < SLOTS * PAGE
+    assert b.value("count") == value < PAGES + 1
     b.call(commands.deregister, "dst")
-
-
-def outcome_of_write(node: State, descriptor: bytes, imm: int) -> Failure | None:
-    """Write and say how it ended."""
-    try:
-        commands.write(node, "src", descriptor, {"imm": imm})
-    except fabric.FabricError as error:
-        return describe(error)
-    return None
+    failure = writing.result()[1]
+    assert failure is not None
+    assert failure.name == "PeerUnreachable", failure.traceback
 
 
 def fenced(node: State, address: bytes) -> bool:
@@ -279,22 +283,23 @@ def test_the_receiver_hangs(farm: Farm, kind: str) -> None:
     a, b, c = (farm(name, peer_timeout=TIMEOUT) for name in "abc")
     exchange(a, c)
     a.region("src", PAGE, 3)
-    descriptor = b.region("dst", 64 * PAGE, 4, kind)
+    descriptor = b.region("dst", SLOTS * PAGE, 4, kind)
     imm = b.counter("count")
     a.write("src", descriptor, imm=imm)
     b.wait("count", 1)
-    writing = a.start(fail_to_write, descriptor, imm, 8 * PAGES, thread=True)
+    writing = a.start(write_for_long, descriptor, imm, thread=True)
     b.wait("count", 20)
     b.freeze()
     struck = time.monotonic()
     failed, failure = writing.result()
+    assert failure is not None, "the transfer had ended before the receiver was stopped"
     assert failure.name == "PeerUnreachable", failure.traceback
     assert failed - struck < 2 * TIMEOUT + SLACK
     exchange(a, c)
     a.call(commands.deregister, "src")
     b.thaw()
-    with pytest.raises(fabric.CounterVoid):
-        b.wait("count", 8 * PAGES, timeout=5.0)
+    with pytest.raises((fabric.PeerUnreachable, fabric.CounterVoid)):
+        b.wait("count", PAGES + 1, 5.0, [a.address])
 
 
 def test_a_receiver_that_hung_for_a_moment(farm: Farm) -> None:

@@ -283,6 +283,11 @@ def all_free(node: Node, capacity: int) -> None:
     assert node.call(pools)[0] == (capacity, 0, 0)
 
 
+def wait_for_half(decoder: Node, seed: int) -> None:
+    """Wait until the first layer of a request of five pages has arrived."""
+    wait_until(lambda: decoder.call(ranges, seed)[0] >= 10, 10.0, "nothing arrives")
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_pages_and_tails_arrive(pair: tuple[Node, Node], joined: bool, seed: int) -> None:
     """Ten requests at once with unequal numbers of pages; chunks are cut at random."""
@@ -371,7 +376,7 @@ def test_nothing_lands_after_a_cancellation(pair: tuple[Node, Node]) -> None:
     prefiller, decoder = start(pair)
     decoder.call(submit, prefiller.address, 0, 5, "hold")
     decoder.call(submit, prefiller.address, 2, 5, "hold")
-    wait_until(lambda: decoder.call(ranges, 0)[0] >= 10, 10.0, "nothing arrives")
+    wait_for_half(decoder, 0)
     arrived, expected = decoder.call(ranges, 0)
     assert arrived < expected == 31
     decoder.call(cancel, 0)
@@ -393,7 +398,7 @@ def test_nothing_lands_after_a_cancellation(pair: tuple[Node, Node]) -> None:
 def test_a_closing_prefiller_fails_its_requests(pair: tuple[Node, Node]) -> None:
     prefiller, decoder = start(pair)
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_until(lambda: decoder.call(ranges, 0)[0] >= 10, 10.0, "nothing arrives")
+    wait_for_half(decoder, 0)
     prefiller.call(close)
     with pytest.raises(RequestFailed, match="closing"):
         decoder.call(wait, 0)
@@ -429,7 +434,7 @@ def test_a_cancellation_without_answer_leaves_a_quarantine(farm: Farm) -> None:
     prefiller, decoder = start([farm("a"), farm("b")])
     for one in (0, 2):
         decoder.call(submit, prefiller.address, one, 5, "hold")
-        wait_until(lambda one=one: decoder.call(ranges, one)[0] >= 10, 10.0, "nothing arrives")
+        wait_for_half(decoder, one)
     prefiller.freeze()
     for one in (0, 2):
         with pytest.raises(fabric.WaitTimeout):
@@ -447,7 +452,7 @@ def test_a_frozen_prefiller_cannot_write_after_the_fence(farm: Farm) -> None:
     """Not even when it comes back and there is a new session between the same two."""
     prefiller, decoder = start([farm("a", peer_timeout=1.0), farm("b", peer_timeout=1.0)])
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_until(lambda: decoder.call(ranges, 0)[0] >= 10, 10.0, "nothing arrives")
+    wait_for_half(decoder, 0)
     prefiller.freeze()
     with pytest.raises(fabric.WaitTimeout):
         decoder.call(wait, 0, 0.2)
@@ -474,7 +479,7 @@ def test_a_frozen_prefiller_cannot_write_after_the_fence(farm: Farm) -> None:
 def test_a_dead_decoder_frees_the_source_pages(farm: Farm) -> None:
     prefiller, decoder = start([farm("a", peer_timeout=1.0), farm("b", peer_timeout=1.0)])
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_until(lambda: decoder.call(ranges, 0)[0] >= 10, 10.0, "nothing arrives")
+    wait_for_half(decoder, 0)
     decoder.kill()
     time.sleep(0.1)
     prefiller.call(open_gate)

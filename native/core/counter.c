@@ -122,8 +122,10 @@ void fab_counters_forget_peer(struct fab_engine *e, struct fab_peer *peer)
 {
     for (uint32_t i = 0; peer->early_ids && i < e->user_touched; i++) {
         struct fab_cell *cell = &e->cells[FAB_MAX_COUNTERS + i];
-        if (cell->early == peer->slot.index + 1)
-            uncharge(e, cell);
+        if (cell->early != peer->slot.index + 1)
+            continue;
+        uncharge(e, cell);
+        drop_user(e, cell); /* what is charged to a peer, nobody has opened */
     }
 }
 
@@ -193,12 +195,13 @@ int fab_void_error(const struct fab_cell *cell)
 
 /* ---- opening and closing ---- */
 
-static bool run_is_free(const struct fab_engine *e, uint32_t first, uint32_t count)
+/* The first cell in use of [first, first + count), or the end. */
+static uint32_t first_used(const struct fab_engine *e, uint32_t first, uint32_t count)
 {
-    for (uint32_t i = first; i < first + count; i++)
-        if (e->cell_bits[i / 64] >> (i % 64) & 1)
-            return false;
-    return true;
+    uint32_t i = first;
+    while (i < first + count && !(e->cell_bits[i / 64] >> (i % 64) & 1))
+        i++;
+    return i;
 }
 
 /* `count` free cells in a row, searched from where the last search ended, so that a slot rests as
@@ -206,13 +209,18 @@ static bool run_is_free(const struct fab_engine *e, uint32_t first, uint32_t cou
 static int find_run(struct fab_engine *e, uint32_t count)
 {
     uint32_t at = e->cell_cursor;
-    for (uint32_t looked = 0; looked < FAB_MAX_COUNTERS; looked++, at++) {
-        if (at + count > FAB_MAX_COUNTERS)
+    for (uint32_t looked = 0; looked <= FAB_MAX_COUNTERS + count;) {
+        if (at + count > FAB_MAX_COUNTERS) {
+            looked += FAB_MAX_COUNTERS - at;
             at = 0;
-        if (run_is_free(e, at, count)) {
+        }
+        uint32_t used = first_used(e, at, count);
+        if (used == at + count) {
             e->cell_cursor = at + count;
             return (int)at;
         }
+        looked += used + 1 - at;
+        at = used + 1;
     }
     return -1;
 }
@@ -515,7 +523,9 @@ int64_t fab_watch_counter(fab_engine *e, int64_t queue, int64_t counter, uint32_
                            (unsigned long long)MAX_TARGET);
     if (!result) {
         fab_lock(e);
-        result = fab_watch_cell(e, queue, c->first + index, target, peers, peer_count, tag);
+        result = !fab_slot_live(c) ? fab_error(FAB_E_CLOSED, "the counter was closed")
+                                   : fab_watch_cell(e, queue, c->first + index, target, peers, peer_count,
+                                                    tag);
         fab_unlock(e);
     }
     if (c)

@@ -78,6 +78,21 @@ static void after_fork_parent(void)
     pthread_mutex_unlock(&all_lock);
 }
 
+/* What else of ours the child holds open. */
+static void close_shared(struct fab_engine *e)
+{
+    for (uint32_t i = 0; i < atomic_load(&e->regions.touched); i++) {
+        struct fab_region *r = fab_slot_at(&e->regions, i);
+        if (r->memfd >= 0 && fab_slot_live(r) && !r->origin)
+            close(r->memfd);
+    }
+    for (uint32_t i = 0; i < atomic_load(&e->queues.touched); i++) {
+        struct fab_queue *q = fab_slot_at(&e->queues, i);
+        if (fab_slot_live(q))
+            close(q->fd);
+    }
+}
+
 /* The child has no worker, and must not keep our sockets alive after we die. */
 static void after_fork_child(void)
 {
@@ -86,6 +101,7 @@ static void after_fork_child(void)
         for (uint32_t i = 0; i < e->nic_count; i++)
             e->nics[i]->provider->after_fork(e->nics[i]);
         close(e->wake_fd);
+        close_shared(e);
     }
     all_engines = NULL;
     pthread_mutex_unlock(&all_lock);
@@ -177,7 +193,7 @@ static int open_listed(struct fab_engine *e, const fab_engine_config *c)
 
 static int check_config(const fab_engine_config *c)
 {
-    if (c->secret_len > FAB_MAX_SECRET || (c->secret && !c->secret_len))
+    if (c->secret_len > FAB_MAX_SECRET || !c->secret != !c->secret_len)
         return fab_error(FAB_E_INVALID, "a shared secret of %u bytes; 1 to %d are possible",
                          c->secret_len, FAB_MAX_SECRET);
     if (c->nic_count > FAB_MAX_NICS)

@@ -235,6 +235,7 @@ struct fab_peer {
     bool due_quiesce, due_quiesced; /* see fab_region.ask, fab_grant.due_quiesced */
 
     struct fab_grant *grants;
+    uint32_t grant_count;
     struct fab_list queue;    /* not wholly posted */
     struct fab_list inflight; /* wholly posted, not acknowledged */
     uint64_t outstanding;
@@ -270,8 +271,9 @@ struct fab_queue {
     struct fab_slot slot;
     int fd;
     _Atomic uint32_t armed;
-    bool closed;
-    uint32_t head, tail; /* under the progress lock; a watch posts once, so it cannot overflow */
+    _Atomic bool closed;
+    uint32_t head, tail; /* under the progress lock */
+    uint32_t watching;   /* watches that have not posted yet */
     fab_event *events;   /* FAB_MAX_WATCHES */
 };
 
@@ -330,7 +332,7 @@ struct fab_engine {
     uint32_t newcomer_count;
     int64_t next_token;
 
-    int64_t now, next_tick;
+    int64_t now, last_tick, next_tick;
 
     /* worker and waiters */
     pthread_t worker;

@@ -12,6 +12,8 @@
 #include "worker.h"
 
 static const char barred_text[] = "it disconnected us, and has to use our address again first";
+#define COOKIE_EPOCH_NS (10 * NS_PER_S)
+
 static const char hello_label[] = "fabric hello 1", welcome_label[] = "fabric welcome 1";
 
 /* Best first. */
@@ -141,9 +143,10 @@ bool fab_handshake_send_welcome(struct fab_peer *p)
 static void begin(struct fab_peer *p, bool active)
 {
     struct fab_engine *e = p->engine;
-    do {
+    /* Kept by a side that gives up its own attempt: its HELLO, should it arrive late, then names the
+     * session that stands (S4). The end of a session sets it to 0. */
+    while (!p->mine)
         fab_random(&p->mine, sizeof p->mine);
-    } while (!p->mine);
     fab_random(p->nonce, sizeof p->nonce);
     memset(p->cookie, 0, sizeof p->cookie);
     p->active = active;
@@ -167,12 +170,16 @@ void fab_session_start(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
     char why[FAB_TEXT_MAX] = "";
-    fab_unbar(e, p);
     e->now = fab_now();
+    if (atomic_load(&e->closing)) {
+        fail_start(p, "the engine is closing");
+        return;
+    }
     if (!p->nics) {
         fail_start(p, "it has no address here; it has to connect to us");
         return;
     }
+    fab_unbar(e, p);
     size_t used = 0;
     for (size_t i = 0; i < sizeof kind_order / sizeof *kind_order; i++) {
         int rc = try_kind(p, kind_order[i]);
@@ -224,13 +231,19 @@ void fab_handshake_up(struct fab_peer *p)
 
 /* ---- answers to our HELLO ---- */
 
+static bool connecting(const struct fab_peer *p)
+{
+    return p->active &&
+           atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_CONNECTING;
+}
+
 static void on_challenge(struct fab_peer *p, struct fab_reader *r)
 {
     uint8_t id[FAB_ENGINE_ID_BYTES], cookie[16];
     fab_get(r, id, sizeof id);
     uint64_t session = fab_get_u64(r);
     fab_get(r, cookie, sizeof cookie);
-    if (!fab_read_end(r) || session != p->mine || !p->active || memcmp(id, p->id, sizeof id))
+    if (!fab_read_end(r) || session != p->mine || !connecting(p) || memcmp(id, p->id, sizeof id))
         return;
     if (!p->engine->config.secret_len) {
         fab_session_doom(p, FAB_E_UNREACHABLE, "the peer asks for a shared secret; none is set here");
@@ -250,7 +263,7 @@ static void on_refuse(struct fab_peer *p, struct fab_reader *r)
     uint64_t session = fab_get_u64(r);
     fab_get_u32(r);
     fab_get_text(r, text, sizeof text);
-    if (!fab_read_end(r) || session != p->mine || !p->active)
+    if (!fab_read_end(r) || session != p->mine || !connecting(p))
         return;
     fab_text(line, sizeof line, "refused: %s", text);
     fab_session_doom(p, FAB_E_CLOSED, line);
@@ -342,13 +355,15 @@ static void challenge(struct fab_nic *nic, struct fab_origin *origin, const stru
                                 w.used);
 }
 
-/* The cookie proves that the sender of a HELLO receives what we send to it, and is not replaying
- * another's; it is computed, not kept, so that HELLOs cost us no memory. */
-static void make_cookie(const struct fab_engine *e, const struct fab_hello *h, uint8_t cookie[16])
+/* The cookie proves that the sender of a HELLO receives what we send to it, and bounds for how long
+ * a recorded HELLO can be replayed; it is computed, not kept, so that HELLOs cost us no memory. */
+static void make_cookie(const struct fab_engine *e, const struct fab_hello *h, int64_t epoch,
+                        uint8_t cookie[16])
 {
-    uint8_t text[FAB_ENGINE_ID_BYTES + sizeof h->nonce], mac[FAB_MAC_BYTES];
+    uint8_t text[FAB_ENGINE_ID_BYTES + sizeof h->nonce + sizeof epoch], mac[FAB_MAC_BYTES];
     memcpy(text, h->from, sizeof h->from);
     memcpy(text + sizeof h->from, h->nonce, sizeof h->nonce);
+    memcpy(text + sizeof h->from + sizeof h->nonce, &epoch, sizeof epoch);
     fab_hmac(e->cookie_key, sizeof e->cookie_key, "fabric cookie 1", text, sizeof text, mac);
     memcpy(cookie, mac, 16);
 }
@@ -459,8 +474,7 @@ static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello
     }
     if (state == FAB_P_UP || state == FAB_P_CONNECTING) {
         fab_session_doom(p, FAB_E_CLOSED, "the peer began a new session");
-        fab_session_carry_out_doom(p);
-        state = atomic_load_explicit(&p->state, memory_order_relaxed);
+        return LATER; /* this turn ends it; polling here would change the list being served */
     }
     return state == FAB_P_FENCING ? LATER : ADMIT;
 }
@@ -474,15 +488,17 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, struct fab_
         nic->provider->origin_drop(nic, origin);
         return;
     }
-    uint8_t cookie[16];
-    make_cookie(e, &h, cookie);
+    uint8_t cookie[16], before[16];
+    make_cookie(e, &h, e->now / COOKIE_EPOCH_NS, cookie);
+    make_cookie(e, &h, e->now / COOKIE_EPOCH_NS - 1, before);
     if (memcmp(h.to, e->id, sizeof h.to))
         refuse(nic, origin, &h, FAB_E_UNREACHABLE, "another engine listens here; the peer restarted");
     else if (!memcmp(h.from, e->id, sizeof h.from) || !lanes_fit(nic, &h))
         refuse(nic, origin, &h, FAB_E_WIRE, "malformed hello");
     else if (atomic_load(&e->closing))
         refuse(nic, origin, &h, FAB_E_CLOSED, "it is closing");
-    else if (e->config.secret_len && memcmp(h.cookie, cookie, sizeof cookie))
+    else if (e->config.secret_len && memcmp(h.cookie, cookie, sizeof cookie) &&
+             memcmp(h.cookie, before, sizeof before))
         challenge(nic, origin, &h, cookie);
     else if (!mac_ok(e, r, &h, hello_label))
         refuse(nic, origin, &h, FAB_E_INVALID, "the shared secret differs");
@@ -539,6 +555,8 @@ static void answer(struct fab_engine *e, const struct fab_pending *n, enum verdi
 {
     if (verdict == DROP)
         n->nic->provider->origin_drop(n->nic, n->origin);
+    else if (atomic_load(&e->closing))
+        refuse(n->nic, n->origin, &n->hello, FAB_E_CLOSED, "it is closing");
     else if (fab_barred(e, n->hello.from))
         refuse(n->nic, n->origin, &n->hello, FAB_E_UNREACHABLE, barred_text);
     else

@@ -252,16 +252,16 @@ void fab_unmap(uint64_t base, uint64_t mapped)
         munmap((void *)(uintptr_t)base, mapped);
 }
 
-int64_t fab_region_alias(fab_engine *e, int64_t region, const uint8_t *engine_id)
+static int64_t make_alias(struct fab_engine *e, struct fab_region *origin, const uint8_t *engine_id)
 {
-    if (fab_enter(e))
-        return FAB_E_CLOSED;
-    int64_t result = FAB_E_INVALID;
-    struct fab_region *origin = fab_region_get(e, region);
-    if (origin && origin->origin)
-        fab_error(FAB_E_INVALID, "the region is itself made for one peer");
-    struct fab_region *r =
-        origin && !origin->origin ? new_region(e, origin->base, origin->length) : NULL;
+    fab_lock(e); /* counted before it is made: the origin cannot go meanwhile */
+    bool closing = atomic_load(&origin->closing);
+    origin->aliases += !closing;
+    fab_unlock(e);
+    if (closing)
+        return fab_error(FAB_E_INVALID, "the region is being deregistered");
+    struct fab_region *r = new_region(e, origin->base, origin->length);
+    int64_t result = r ? 0 : fab_error_code();
     if (r) {
         r->kind = origin->kind;
         r->device = origin->device;
@@ -270,10 +270,25 @@ int64_t fab_region_alias(fab_engine *e, int64_t region, const uint8_t *engine_id
         r->restricted = true;
         memcpy(r->only, engine_id, sizeof r->only);
         result = finish_region(e, r);
+    }
+    if (result < 0) {
         fab_lock(e);
-        origin->aliases += result > 0;
+        origin->aliases--;
         fab_unlock(e);
     }
+    return result;
+}
+
+int64_t fab_region_alias(fab_engine *e, int64_t region, const uint8_t *engine_id)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    int64_t result = FAB_E_INVALID;
+    struct fab_region *origin = fab_region_get(e, region);
+    if (origin && origin->origin)
+        fab_error(FAB_E_INVALID, "the region is itself made for one peer");
+    else if (origin)
+        result = make_alias(e, origin, engine_id);
     if (origin)
         fab_region_put(e, origin);
     fab_leave(e);
@@ -432,11 +447,16 @@ static bool any_bit(const uint64_t *bits)
     return all != 0;
 }
 
+static int region_unused(struct fab_engine *e, void *arg)
+{
+    (void)e;
+    struct fab_region *r = arg;
+    return !atomic_load_explicit(&r->busy, memory_order_acquire);
+}
+
 static int region_quiet(struct fab_engine *e, void *arg)
 {
     struct fab_region *r = arg;
-    if (atomic_load_explicit(&r->busy, memory_order_acquire))
-        return 0;
     fab_lock(e);
     bool waiting = any_bit(r->quiet);
     fab_unlock(e);
@@ -445,7 +465,6 @@ static int region_quiet(struct fab_engine *e, void *arg)
 
 static void ask_holders(struct fab_engine *e, struct fab_region *r)
 {
-    r->closing = true;
     memcpy(r->ask, r->holders, sizeof r->ask);
     memcpy(r->quiet, r->holders, sizeof r->quiet);
     for (uint32_t i = 0; i < FAB_MAX_PEERS; i++) {
@@ -481,34 +500,49 @@ static void remove_region(struct fab_engine *e, struct fab_region *r)
     fab_slot_put(r);
 }
 
+/* Marks it, so that nothing new begins. */
+static int begin_closing(struct fab_engine *e, struct fab_region *r)
+{
+    int rc = 0;
+    fab_lock(e);
+    if (r->aliases)
+        rc = fab_error(FAB_E_INVALID, "%u descriptors made for single peers show this region; "
+                       "deregister those first", r->aliases);
+    else if (atomic_exchange(&r->closing, true))
+        rc = fab_error(FAB_E_INVALID, "the region is being deregistered already");
+    fab_unlock(e);
+    return rc;
+}
+
+/* Our own use first: if that does not end, nobody else is disturbed. */
 static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeout)
 {
-    fab_lock(e);
-    if (r->aliases) {
-        uint32_t aliases = r->aliases;
-        fab_unlock(e);
-        return fab_error(FAB_E_INVALID, "%u descriptors made for single peers show this region; "
-                         "deregister those first", aliases);
+    int64_t until = fab_now() + timeout;
+    int rc = begin_closing(e, r);
+    if (rc)
+        return rc;
+    rc = fab_wait(e, region_unused, r, timeout);
+    if (rc != 1) {
+        atomic_store(&r->closing, false);
+        return rc == FAB_E_CLOSED ? rc : fab_error(FAB_E_TIMEOUT, "%u transfers still read from the "
+                                                   "region after %.3f s; it stays registered",
+                                                   atomic_load(&r->busy), (double)timeout / 1e9);
     }
+    fab_lock(e);
     ask_holders(e, r);
     fab_unlock(e);
-    int rc = fab_wait(e, region_quiet, r, timeout);
+    int64_t left = until - fab_now();
+    fab_wait(e, region_quiet, r, left > 0 ? left : 0);
     fab_lock(e);
-    uint32_t busy = atomic_load(&r->busy);
-    if (rc != 1 && rc != FAB_E_CLOSED)
-        fence_holders(e, r);
-    if (busy) {
-        r->closing = false;
-        rc = fab_error(FAB_E_TIMEOUT, "%u transfers still read from the region after %.3f s; it "
-                       "stays registered", busy, (double)timeout / 1e9);
-    } else if (any_bit(r->quiet)) {
-        r->closing = false;
-        rc = fab_error(FAB_E_FENCE_PENDING, "a peer may still be inside a write to the region; it "
-                       "stays registered: do not free or reuse it, and try again");
-    } else {
+    e->now = fab_now();
+    fence_holders(e, r);
+    rc = any_bit(r->quiet) ? fab_error(FAB_E_FENCE_PENDING, "a peer may still be inside a write to "
+                                       "the region; it stays registered: do not free or reuse it, "
+                                       "and try again") : 0;
+    if (rc)
+        atomic_store(&r->closing, false);
+    else
         remove_region(e, r);
-        rc = 0;
-    }
     fab_unlock(e);
     return rc;
 }

@@ -139,7 +139,9 @@ static bool append(struct fab_peer *p, const struct fab_fragment *f)
     if (!p->rx_partial) {
         if (f->offset)
             return false;
-        p->rx_partial = new_message(p, f->total);
+        /* Reconnecting gives new credit while old messages still lie here. */
+        if (atomic_load(&p->engine->inbox_count) < FAB_MAX_QUEUED)
+            p->rx_partial = new_message(p, f->total);
         if (!p->rx_partial)
             return false;
     }

@@ -299,5 +299,6 @@ void fab_peer_set_close(struct fab_engine *e, struct fab_peer_set *set)
     }
     if (set->all && set->all != set->few)
         free(set->all);
+    set->all = set->few; /* closing again is harmless */
     set->count = 0;
 }

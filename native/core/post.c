@@ -246,6 +246,8 @@ static int post_queue(struct fab_peer *p)
     while (t && posted < FAB_POST_PER_PEER && looked < FAB_POST_LOOK && !p->ending) {
         struct fab_transfer *next = t->next;
         const char *why = "";
+        if (next)
+            fab_slot_ref(next); /* posting may complete, and so end, any transfer of the peer */
         int rc = make_ready(t, &why);
         if (rc < 0) {
             fab_transfer_fail(t, rc, why);
@@ -255,6 +257,13 @@ static int post_queue(struct fab_peer *p)
             uint32_t before = posted;
             posted += (uint32_t)post_transfer(t, FAB_POST_PER_PEER - posted);
             looked += posted == before;
+        }
+        bool gone = next && next->list != &p->queue;
+        if (next)
+            fab_transfer_put(p->engine, next);
+        if (gone) {
+            fab_peer_busy(p);
+            break;
         }
         t = next;
     }

@@ -34,6 +34,7 @@ static struct fab_grant *get_grant(struct fab_peer *p, uint64_t region, uint64_t
     g->secret = secret;
     g->next = p->grants;
     p->grants = g;
+    p->grant_count++;
     return g;
 }
 
@@ -50,6 +51,7 @@ static void free_grant(struct fab_grant *g)
     while (*link != g)
         link = &(*link)->next;
     *link = g->next;
+    g->peer->grant_count--;
     let_go(g);
     free(g);
 }
@@ -159,7 +161,7 @@ void fab_remote_on_quiesce(struct fab_peer *p, struct fab_reader *r)
     struct fab_grant *g = r->bad ? NULL : find_grant(p, region);
     if (r->bad)
         return;
-    if (!g) /* never used in this session: answer through a name of its own */
+    if (!g && p->grant_count < FAB_MAX_REGIONS) /* never used here: a name to answer through */
         g = get_grant(p, region, 0);
     for (; g; g = g->next) {
         if (g->region != region)

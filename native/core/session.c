@@ -133,6 +133,8 @@ static void forget_session(struct fab_peer *p)
     p->due_voided = p->due_quiesce = p->due_quiesced = false;
     p->void_count = p->void_sent = 0;
     p->asked_count = p->grants_open = p->quiesce_open = 0;
+    if (p->early_overflow)
+        fab_counters_forget_peer(p->engine, p);
     p->early_overflow = false;
 }
 
@@ -147,7 +149,7 @@ static void ended(struct fab_peer *p)
     atomic_fetch_add_explicit(&p->losses, 1, memory_order_release);
     e->stats.peers_lost++;
     e->dirty = true;
-    fab_watch_peer_lost(e, p);
+    fab_watch_peer_lost(e, p, FAB_E_UNREACHABLE);
     fab_log(FAB_LOG_INFO, "peer %s: session over: %s", p->label, p->text);
 }
 
@@ -268,6 +270,7 @@ void fab_session_tick(struct fab_peer *p)
             fab_session_start(p);
         break;
     case FAB_P_CONNECTING:
+        fab_transfers_check_deadlines(p);
         fab_handshake_tick(p);
         break;
     case FAB_P_UP:
@@ -283,8 +286,10 @@ void fab_session_tick(struct fab_peer *p)
     case FAB_P_FENCING:
         if (close_lanes(p))
             ended(p);
-        else if (e->now > p->deadline)
-            atomic_store_explicit(&p->fence_stuck, true, memory_order_release), e->dirty = true;
+        else if (e->now > p->deadline && !atomic_exchange(&p->fence_stuck, true)) {
+            fab_watch_peer_lost(e, p, FAB_E_FENCE_PENDING);
+            e->dirty = true;
+        }
         break;
     default:
         break;
@@ -308,12 +313,13 @@ static void on_voids(struct fab_peer *p, struct fab_reader *r)
 
 static void on_voided(struct fab_peer *p, struct fab_reader *r)
 {
-    if (fab_get_u32(r) != p->void_number || !p->void_sent)
+    if (fab_get_u32(r) != p->void_number || r->bad || !p->void_sent)
         return; /* an answer that came twice */
     p->void_count -= p->void_sent;
     memmove(p->voids, p->voids + p->void_sent, p->void_count * sizeof *p->voids);
     p->void_sent = 0;
     p->void_number++;
+    p->engine->dirty = true; /* close() waits for this */
 }
 
 static void on_bye(struct fab_peer *p, struct fab_reader *r)
@@ -403,7 +409,7 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
         p->rx_frames++;
         p->engine->stats.frames_rx++;
         p->last_heard = p->engine->now;
-        if (p->welcomed)
+        if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);
         dispatch(p, &h, &r, &own_fd);
         if (r.bad)

@@ -61,14 +61,16 @@ void fab_transfer_put(struct fab_engine *e, struct fab_transfer *t)
     t->bytes = NULL;
     t->peer = NULL;
     fab_slot_free(&e->transfers, t);
+    fab_wake_waiters(e); /* one may wait for a slot */
 }
 
 /* The receiver waits for ranges that will not come: tell it, if it can still be told. */
 static void void_id(struct fab_transfer *t)
 {
     struct fab_peer *p = t->peer;
-    if (t->imm < 0 || t->acknowledged >= t->count ||
-        atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP)
+    uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    if (t->imm < 0 || t->acknowledged >= t->count || p->ending ||
+        (state != FAB_P_UP && state != FAB_P_CONNECTING))
         return;
     uint32_t id = (uint32_t)t->imm;
     for (uint32_t i = p->void_sent; i < p->void_count; i++)
@@ -263,9 +265,11 @@ static void discard(struct fab_engine *e, struct fab_transfer *t)
     if (t->region) {
         atomic_fetch_sub(&t->region->busy, 1);
         fab_region_put(e, t->region);
+        fab_wake_waiters(e); /* one may wait to deregister it */
     }
     if (t->import)
         fab_import_put(e, t->import);
+    t->parent = NULL; /* cancelling a group looks for its children by this */
     fab_slot_kill(t);
     fab_transfer_put(e, t);
 }
@@ -457,6 +461,16 @@ int64_t fab_write_pages(fab_engine *e, int64_t region, int64_t remote, const int
 
 /* ---- API: scatter, immediates ---- */
 
+/* What a scatter or a barrier was called with. */
+struct group {
+    int64_t (*build)(struct fab_engine *e, struct group *g);
+    int64_t region;
+    const fab_target *targets; /* scatter */
+    const int64_t *peers;      /* immediates */
+    uint32_t count;
+    int64_t imm, deadline;
+};
+
 static void discard_group(struct fab_engine *e, struct fab_transfer *parent)
 {
     for (struct fab_transfer *child = parent->next, *next; child; child = next) {
@@ -469,9 +483,9 @@ static void discard_group(struct fab_engine *e, struct fab_transfer *parent)
 
 /* One more child. NULL with the error set: the group is to be discarded. */
 static struct fab_transfer *add_child(struct fab_engine *e, struct fab_transfer *parent,
-                                      enum fab_transfer_kind kind, int64_t wait)
+                                      enum fab_transfer_kind kind)
 {
-    struct fab_transfer *child = new_transfer(e, kind, wait);
+    struct fab_transfer *child = new_transfer(e, kind, 0);
     if (!child)
         return NULL;
     child->parent = parent;
@@ -494,20 +508,84 @@ static int64_t submit_group(struct fab_engine *e, struct fab_transfer *parent)
     return submit(e, parent);
 }
 
-static struct fab_transfer *new_group(struct fab_engine *e, uint32_t count, int64_t imm,
-                                      int64_t deadline, int64_t wait)
+static struct fab_transfer *new_group(struct fab_engine *e, const struct group *g)
 {
-    if (count > FAB_MAX_TARGETS) {
-        fab_error(FAB_E_INVALID, "%u targets in one call; the limit is %d", count, FAB_MAX_TARGETS);
-        return NULL;
-    }
-    struct fab_transfer *parent = check_imm(imm) ? NULL : new_transfer(e, FAB_K_GROUP, wait);
+    struct fab_transfer *parent = new_transfer(e, FAB_K_GROUP, 0);
     if (parent) {
-        parent->imm = imm;
-        parent->deadline = deadline;
-        parent->count = count;
+        parent->imm = g->imm;
+        parent->deadline = g->deadline;
+        parent->count = g->count;
     }
     return parent;
+}
+
+static int room_for_group(struct fab_engine *e, void *arg)
+{
+    const struct group *g = arg;
+    uint32_t live = atomic_load_explicit(&e->transfers.live, memory_order_relaxed);
+    return live + g->count + 1 <= FAB_MAX_TRANSFERS;
+}
+
+/* All slots of a group or none: who held some while waiting for more could block another such for
+ * ever. So a group that finds the table full is given up, and tried again when there is room. */
+static int64_t submit_when_room(struct fab_engine *e, struct group *g, int64_t wait)
+{
+    int64_t until = wait < 0 ? INT64_MAX : fab_now() + wait;
+    for (;;) {
+        int64_t result = g->build(e, g);
+        int64_t left = wait < 0 ? -1 : until - fab_now();
+        if (result != FAB_E_FULL || !wait || (wait > 0 && left <= 0))
+            return result;
+        int rc = fab_wait(e, room_for_group, g, left);
+        if (rc != 1)
+            return rc == FAB_E_CLOSED ? rc : result;
+    }
+}
+
+static int64_t build_scatter(struct fab_engine *e, struct group *g)
+{
+    struct fab_transfer *parent = new_group(e, g);
+    int64_t result = parent ? 0 : fab_error_code();
+    for (uint32_t i = 0; !result && i < g->count; i++) {
+        const fab_target *row = &g->targets[i];
+        if (!row->length && g->imm < 0)
+            continue; /* no bytes and no count */
+        struct fab_transfer *t = add_child(e, parent, FAB_K_WRITE);
+        result = t ? fill_write(e, t, g->region, row->src_offset, row->remote, row->dst_offset,
+                                row->length)
+                   : fab_error_code();
+        parent->length += row->length;
+    }
+    if (!result)
+        return submit_group(e, parent);
+    if (parent)
+        discard_group(e, parent);
+    return result;
+}
+
+static int64_t build_imms(struct fab_engine *e, struct group *g)
+{
+    struct fab_transfer *parent = new_group(e, g);
+    int64_t result = parent ? 0 : fab_error_code();
+    for (uint32_t i = 0; !result && i < g->count; i++) {
+        struct fab_transfer *t = add_child(e, parent, FAB_K_IMM);
+        if (t)
+            t->peer = fab_peer_get(e, g->peers[i]);
+        result = t && t->peer ? 0 : fab_error_code();
+    }
+    if (!result)
+        return submit_group(e, parent);
+    if (parent)
+        discard_group(e, parent);
+    return result;
+}
+
+static int check_group(const struct group *g)
+{
+    if (g->count > FAB_MAX_TARGETS)
+        return fab_error(FAB_E_INVALID, "%u targets in one call; the limit is %d", g->count,
+                         FAB_MAX_TARGETS);
+    return check_imm(g->imm);
 }
 
 int64_t fab_scatter(fab_engine *e, int64_t region, const fab_target *targets, uint32_t count,
@@ -515,22 +593,15 @@ int64_t fab_scatter(fab_engine *e, int64_t region, const fab_target *targets, ui
 {
     if (fab_enter(e))
         return FAB_E_CLOSED;
-    int64_t result = 0;
-    struct fab_transfer *parent = new_group(e, count, imm, deadline, wait);
-    for (uint32_t i = 0; parent && !result && i < count; i++) {
-        const fab_target *row = &targets[i];
-        if (!row->length && imm < 0)
-            continue; /* no bytes and no count */
-        struct fab_transfer *t = add_child(e, parent, FAB_K_WRITE, wait);
-        result = t ? fill_write(e, t, region, row->src_offset, row->remote, row->dst_offset,
-                                row->length)
-                   : fab_error_code();
-        parent->length += row->length;
-    }
-    if (parent && result)
-        discard_group(e, parent);
-    else
-        result = parent ? submit_group(e, parent) : fab_error_code();
+    struct group g = {.build = build_scatter,
+                      .region = region,
+                      .targets = targets,
+                      .count = count,
+                      .imm = imm,
+                      .deadline = deadline};
+    int64_t result = check_group(&g);
+    if (!result)
+        result = submit_when_room(e, &g, wait);
     fab_leave(e);
     return result;
 }
@@ -540,20 +611,14 @@ int64_t fab_imm(fab_engine *e, const int64_t *peers, uint32_t count, int64_t imm
 {
     if (fab_enter(e))
         return FAB_E_CLOSED;
-    int64_t result = imm < 0 ? fab_error(FAB_E_INVALID, "an immediate without bytes needs a counter "
-                                         "id, 0 to %d", 0x0fffffff) : 0;
-    struct fab_transfer *parent = result ? NULL : new_group(e, count, imm, deadline, wait);
-    for (uint32_t i = 0; parent && !result && i < count; i++) {
-        struct fab_transfer *t = add_child(e, parent, FAB_K_IMM, wait);
-        struct fab_peer *p = t ? fab_peer_get(e, peers[i]) : NULL;
-        if (t)
-            t->peer = p;
-        result = p ? 0 : fab_error_code();
-    }
-    if (parent && result)
-        discard_group(e, parent);
-    else if (!result)
-        result = parent ? submit_group(e, parent) : fab_error_code();
+    struct group g = {
+        .build = build_imms, .peers = peers, .count = count, .imm = imm, .deadline = deadline};
+    int64_t result = check_group(&g);
+    if (!result && imm < 0)
+        result = fab_error(FAB_E_INVALID, "an immediate without bytes needs a counter id, 0 to %d",
+                           0x0fffffff);
+    if (!result)
+        result = submit_when_room(e, &g, wait);
     fab_leave(e);
     return result;
 }

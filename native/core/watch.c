@@ -15,7 +15,7 @@
 
 static void post(struct fab_queue *q, uint64_t tag, int code)
 {
-    if (q->closed)
+    if (atomic_load_explicit(&q->closed, memory_order_relaxed))
         return;
     q->events[q->tail++ % FAB_MAX_WATCHES] = (fab_event){.tag = tag, .code = code};
     if (atomic_exchange_explicit(&q->armed, 0, memory_order_acq_rel)) {
@@ -78,6 +78,7 @@ static void drop(struct fab_engine *e, struct fab_watch *w)
         w->peers = NULL;
     }
     w->kind = FAB_W_FREE;
+    w->queue->watching--;
     put_queue(e, w->queue);
     fab_slot_kill(w);
     if (fab_slot_put(w))
@@ -124,7 +125,7 @@ void fab_watch_message_came(struct fab_engine *e)
         fire(e, watch_at(e, e->message_watch), 0);
 }
 
-void fab_watch_peer_lost(struct fab_engine *e, struct fab_peer *peer)
+void fab_watch_peer_lost(struct fab_engine *e, struct fab_peer *peer, int code)
 {
     uint32_t touched = atomic_load_explicit(&e->watches.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
@@ -134,10 +135,17 @@ void fab_watch_peer_lost(struct fab_engine *e, struct fab_peer *peer)
         for (uint32_t k = 0; k < w->peers->count; k++) {
             if (w->peers->all[k].peer != peer)
                 continue;
-            fire(e, w, FAB_E_UNREACHABLE);
+            fire(e, w, code);
             break;
         }
     }
+}
+
+static void wake_queue(struct fab_queue *q)
+{
+    uint64_t one = 1;
+    ssize_t n = write(q->fd, &one, sizeof one);
+    (void)n; /* an eventfd this far from its limit always takes it */
 }
 
 void fab_watches_close(struct fab_engine *e)
@@ -146,6 +154,12 @@ void fab_watches_close(struct fab_engine *e)
     for (uint32_t i = 0; i < touched; i++)
         if (watch_at(e, i)->kind != FAB_W_FREE)
             fire(e, watch_at(e, i), FAB_E_CLOSED);
+    touched = atomic_load_explicit(&e->queues.touched, memory_order_acquire);
+    for (uint32_t i = 0; i < touched; i++) {
+        struct fab_queue *q = fab_slot_at(&e->queues, i);
+        if (fab_slot_live(q))
+            wake_queue(q);
+    }
 }
 
 /* ---- watches ---- */
@@ -165,12 +179,20 @@ static struct fab_watch *new_watch(struct fab_engine *e, int64_t queue, enum fab
     struct fab_queue *q = get_queue(e, queue);
     if (!q)
         return NULL;
-    struct fab_watch *w = fab_slot_alloc(&e->watches);
+    if (atomic_load(&e->closed)) {
+        put_queue(e, q);
+        fab_error(FAB_E_CLOSED, "the engine is closed");
+        return NULL;
+    }
+    /* Events that were posted and not yet taken need their places, too. */
+    bool room = q->tail - q->head + q->watching < FAB_MAX_WATCHES;
+    struct fab_watch *w = room ? fab_slot_alloc(&e->watches) : NULL;
     if (!w) {
         put_queue(e, q);
         fab_error(FAB_E_FULL, "%d waits are pending, the limit", FAB_MAX_WATCHES);
         return NULL;
     }
+    q->watching++;
     w->kind = kind;
     w->queue = q;
     w->tag = tag;
@@ -290,8 +312,8 @@ int64_t fab_queue_open(fab_engine *e)
     } else {
         q->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
         q->events = calloc(FAB_MAX_WATCHES, sizeof *q->events);
-        q->head = q->tail = 0;
-        q->closed = false;
+        q->head = q->tail = q->watching = 0;
+        atomic_store(&q->closed, false);
         atomic_store(&q->armed, 1);
         result = fab_slot_handle(q);
         if (q->fd < 0 || !q->events) {
@@ -316,11 +338,31 @@ int fab_queue_fd(fab_engine *e, int64_t queue)
     return fd;
 }
 
+/* Also of a closed engine, whose last events may still be taken. */
+static struct fab_queue *enter_queue(struct fab_engine *e, int64_t queue)
+{
+    if (atomic_load(&e->forked)) {
+        fab_error(FAB_E_CLOSED, "the engine belongs to the parent process");
+        return NULL;
+    }
+    atomic_fetch_add_explicit(&e->calls, 1, memory_order_acquire);
+    struct fab_queue *q = get_queue(e, queue);
+    if (!q)
+        fab_leave(e);
+    return q;
+}
+
+static void leave_queue(struct fab_engine *e, struct fab_queue *q)
+{
+    put_queue(e, q);
+    fab_leave(e);
+}
+
 int fab_queue_drain(fab_engine *e, int64_t queue, fab_event *out, uint32_t max)
 {
-    struct fab_queue *q = fab_slot_get(&e->queues, queue); /* also of a closed engine */
-    if (!q || atomic_load(&e->forked))
-        return fab_error(FAB_E_INVALID, "the completion queue is closed");
+    struct fab_queue *q = enter_queue(e, queue);
+    if (!q)
+        return fab_error_code();
     uint64_t count;
     ssize_t got = read(q->fd, &count, sizeof count);
     (void)got; /* EAGAIN: nothing was signalled since the last drain */
@@ -331,28 +373,32 @@ int fab_queue_drain(fab_engine *e, int64_t queue, fab_event *out, uint32_t max)
     if (q->head == q->tail)
         atomic_store_explicit(&q->armed, 1, memory_order_release);
     fab_unlock(e);
-    put_queue(e, q);
+    leave_queue(e, q);
     return (int)n;
 }
 
 int fab_queue_wait(fab_engine *e, int64_t queue, int64_t timeout)
 {
-    struct fab_queue *q = fab_slot_get(&e->queues, queue);
-    if (!q || atomic_load(&e->forked))
-        return fab_error(FAB_E_INVALID, "the completion queue is closed");
+    struct fab_queue *q = enter_queue(e, queue);
+    if (!q)
+        return fab_error_code();
     struct pollfd p = {.fd = q->fd, .events = POLLIN};
     int n = poll(&p, 1, timeout < 0 ? -1 : (int)((timeout + NS_PER_MS - 1) / NS_PER_MS));
-    put_queue(e, q);
+    bool closed = atomic_load(&q->closed) || atomic_load(&e->closed);
+    leave_queue(e, q);
+    if (closed)
+        return fab_error(FAB_E_CLOSED, "the completion queue was closed");
     return n > 0 ? 0 : fab_error(FAB_E_TIMEOUT, "no event");
 }
 
 int fab_queue_close(fab_engine *e, int64_t queue)
 {
-    struct fab_queue *q = fab_slot_get(&e->queues, queue);
-    if (!q || atomic_load(&e->forked))
+    struct fab_queue *q = enter_queue(e, queue);
+    if (!q)
         return 0;
     fab_lock(e);
-    q->closed = true;
+    atomic_store(&q->closed, true);
+    wake_queue(q); /* who waits on it is to leave */
     uint32_t touched = atomic_load_explicit(&e->watches.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++)
         if (watch_at(e, i)->kind != FAB_W_FREE && watch_at(e, i)->queue == q)
@@ -360,7 +406,7 @@ int fab_queue_close(fab_engine *e, int64_t queue)
     fab_unlock(e);
     if (fab_slot_kill(q))
         put_queue(e, q);
-    put_queue(e, q);
+    leave_queue(e, q);
     return 0;
 }
 

@@ -20,6 +20,7 @@
 #define SPINS_PER_YIELD 64
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define HELPER_ARM_TRIES 8
+#define LATE_TICK_NS (100 * NS_PER_MS)
 
 int64_t fab_now(void)
 {
@@ -51,10 +52,8 @@ static void futex_sleep(_Atomic uint32_t *word, uint32_t seen, int64_t ns)
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, ns < 0 ? NULL : &t, NULL, 0);
 }
 
-/* Tells blocked waiters that something changed; once a turn. */
-static void notify(struct fab_engine *e)
+void fab_wake_waiters(struct fab_engine *e)
 {
-    e->dirty = false;
     atomic_fetch_add_explicit(&e->event_seq, 1, memory_order_seq_cst);
     if (atomic_load_explicit(&e->sleepers, memory_order_seq_cst))
         syscall(SYS_futex, &e->event_seq, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
@@ -84,7 +83,8 @@ static bool unlock_quietly(struct fab_engine *e)
     for (;;) {
         bool left = e->busy;
         if (e->dirty)
-            notify(e);
+            fab_wake_waiters(e);
+        e->dirty = false;
         pthread_mutex_unlock(&e->lock);
         atomic_thread_fence(memory_order_seq_cst);
         if (!atomic_load_explicit(&e->commands_waiting, memory_order_relaxed) || !fab_trylock(e))
@@ -141,12 +141,18 @@ static int take_commands(struct fab_engine *e)
 
 static void tick(struct fab_engine *e)
 {
+    /* What we did not hear while we did not run is not the peers' silence. */
+    int64_t late = e->last_tick ? e->now - e->last_tick - LATE_TICK_NS : 0;
+    e->last_tick = e->now;
     e->next_tick = e->now + FAB_TICK_NS;
     uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_peer *p = fab_slot_at(&e->peers, i);
-        if (fab_slot_live(p))
-            fab_session_tick(p);
+        if (!fab_slot_live(p))
+            continue;
+        if (late > 0)
+            p->last_heard += late;
+        fab_session_tick(p);
     }
     fab_newcomers_tick(e);
 }
@@ -183,24 +189,13 @@ int fab_turn(struct fab_engine *e)
     return n;
 }
 
-int fab_engine_progress(fab_engine *e)
-{
-    if (fab_enter(e))
-        return FAB_E_CLOSED;
-    fab_lock(e);
-    int n = fab_turn(e);
-    fab_unlock(e);
-    fab_leave(e);
-    return n;
-}
-
 /* ---- the worker ---- */
 
 void fab_kick(struct fab_engine *e)
 {
     uint32_t asleep = FAB_SLEEPING;
     if (!atomic_compare_exchange_strong_explicit(&e->worker_state, &asleep, FAB_AWAKE,
-                                                 memory_order_seq_cst, memory_order_relaxed))
+                                                 memory_order_seq_cst, memory_order_seq_cst))
         return;
     uint64_t one = 1;
     ssize_t n = write(e->wake_fd, &one, sizeof one);
@@ -237,15 +232,15 @@ static void disarm_all(struct fab_engine *e)
 
 static bool any_business(struct fab_engine *e)
 {
-    if (e->newcomer_count)
-        return true;
+    bool any = e->newcomer_count;
     uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_peer *p = fab_slot_at(&e->peers, i);
-        if (fab_slot_live(p) && fab_peer_has_business(p))
-            return true;
+        bool business = fab_slot_live(p) && fab_peer_has_business(p);
+        p->in_business &= business; /* nobody ticks while the worker sleeps for ever */
+        any |= business;
     }
-    return false;
+    return any;
 }
 
 /* With the lock. How long the worker may sleep; 0: not at all. */
@@ -400,6 +395,20 @@ static void leave_help(struct fab_engine *e)
         fab_kick(e);
 }
 
+int fab_engine_progress(fab_engine *e)
+{
+    if (fab_enter(e))
+        return FAB_E_CLOSED;
+    atomic_fetch_add_explicit(&e->helpers, 1, memory_order_relaxed);
+    fab_lock(e);
+    disarm_all(e);
+    int n = fab_turn(e);
+    fab_unlock(e);
+    leave_help(e);
+    fab_leave(e);
+    return n;
+}
+
 static int spin(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
                 int64_t until)
 {
@@ -450,7 +459,9 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
     if (rc)
         return rc;
     if (!timeout) { /* a look, with one turn so that polling alone makes progress */
+        atomic_fetch_add_explicit(&e->helpers, 1, memory_order_relaxed);
         help(e);
+        leave_help(e);
         rc = ready(e, arg);
         return rc ? rc : FAB_E_TIMEOUT;
     }

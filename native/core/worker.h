@@ -28,6 +28,9 @@ int fab_serve(struct fab_engine *e);
 /* Without the lock: the worker is to look, if it sleeps. */
 void fab_kick(struct fab_engine *e);
 
+/* Tells blocked waiters that something changed. Needs no lock. */
+void fab_wake_waiters(struct fab_engine *e);
+
 /* Queues a start (cancel = false) or a cancel of a transfer for the next turn. */
 void fab_command(struct fab_engine *e, uint32_t transfer, bool cancel);
 

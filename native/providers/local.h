@@ -104,10 +104,18 @@ struct fab_remote {
     uint8_t *map; /* NULL: the peer copies in */
 };
 
+/* Nobody; a stranger; one whose frame the core has; one that the core has answered. */
+enum local_origin_state {
+    LOCAL_O_FREE,
+    LOCAL_O_WAITING,
+    LOCAL_O_CLAIMED,
+    LOCAL_O_ANSWERED,
+};
+
 struct fab_origin {
-    enum { LOCAL_O_FREE, LOCAL_O_WAITING, LOCAL_O_CLAIMED } state;
+    int state; /* enum local_origin_state */
     struct local_end end;
-    int64_t deadline; /* of a waiting one */
+    int64_t deadline; /* of one that waits or was answered */
     bool set_up;
     struct local_note setup;
     int inbox_fd, bell_fd;
@@ -125,7 +133,7 @@ struct local_work {
 struct local_shown {
     uint64_t serial; /* 0: none */
     const void *what; /* a registration, or the lane (its staging ring); NULL: to be unmapped */
-    uint32_t last;    /* the request after the last one that names it */
+    uint64_t last;    /* the request after the last one that names it */
 };
 
 /* A mapping that the peer sent to us, at serial % LOCAL_SOURCES. */
@@ -171,7 +179,7 @@ struct local_lane {
     bool serve_first; /* whose turn it is to go first */
 
     /* copies that the peer makes for us */
-    uint32_t asked, answered;
+    uint64_t asked, answered; /* wide: an old entry of `shown` must never look like a new one */
     uint32_t staged[LOCAL_PULLS]; /* bytes of the staging ring behind each request */
     struct local_shown shown[LOCAL_SOURCES];
     uint64_t last_serial;
@@ -186,7 +194,7 @@ struct local_lane {
     struct local_source sources[LOCAL_SOURCES];
 };
 
-enum local_pull_mode { LOCAL_MODE_AUTO, LOCAL_MODE_VM, LOCAL_MODE_STAGED };
+enum local_pull_mode { LOCAL_MODE_AUTO, LOCAL_MODE_VM, LOCAL_MODE_STAGING };
 
 struct local_nic {
     struct fab_nic base;
@@ -238,8 +246,8 @@ int fab_local_receive(int sock, struct local_packet *packet);
 void fab_local_packet_drop(struct local_packet *packet);
 /* True when the packet is one of ours; `note` is then filled, and `type` 0 if it is malformed. */
 bool fab_local_is_note(const struct local_packet *packet, struct local_note *note);
-void fab_local_watch(struct local_nic *nic, int op, int fd, uint32_t events,
-                     enum local_event kind, uint32_t index);
+void fab_local_watch(struct local_nic *nic, int op, int fd, uint32_t events, enum local_event kind,
+                     uint32_t index);
 
 /* ---- local_lane ---- */
 int fab_local_lane_open(struct fab_nic *nic, struct fab_origin *origin, struct fab_lane **out);
@@ -248,8 +256,8 @@ int fab_local_lane_close(struct fab_lane *lane);
 int fab_local_lane_send(struct fab_lane *lane, const uint8_t *bytes, uint32_t length,
                         const struct fab_mr *attach);
 /* Sends one packet of either kind and tells the peer to look. */
-int fab_local_lane_packet(struct local_lane *lane, const void *bytes, size_t length,
-                          const int *fds, uint32_t fd_count);
+int fab_local_lane_packet(struct local_lane *lane, const void *bytes, size_t length, const int *fds,
+                          uint32_t fd_count);
 /* Marks the lane as failed; the core hears of it from poll(), after what came before. */
 __attribute__((format(printf, 3, 4))) void fab_local_fail(struct local_lane *lane, int error,
                                                           const char *format, ...);

@@ -170,23 +170,19 @@ int fab_local_lane_open(struct fab_nic *base, struct fab_origin *origin, struct 
 {
     struct local_nic *nic = (struct local_nic *)base;
     struct local_lane *lane;
-    if (origin && (origin->state != LOCAL_O_CLAIMED || !origin->set_up))
+    if (origin && (origin->state == LOCAL_O_FREE || !origin->set_up))
         return -ENOTCONN;
     int rc = new_lane(nic, &lane);
-    if (rc == 0 && origin) {
+    if (!rc && origin) {
         rc = adopt(lane, origin);
         if (rc)
-            release(lane);
+            release(lane); /* the origin is still one, and can be told */
         else
             fab_local_origin_take(nic, origin);
     }
-    if (rc) {
-        if (origin)
-            fab_local_origin_close(nic, origin);
-        return rc;
-    }
-    *out = &lane->base;
-    return 0;
+    if (!rc)
+        *out = &lane->base;
+    return rc;
 }
 
 int fab_local_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t length)
@@ -235,8 +231,8 @@ static void ring(struct local_lane *lane)
         atomic_fetch_or(word, bit);
 }
 
-int fab_local_lane_packet(struct local_lane *lane, const void *bytes, size_t length,
-                          const int *fds, uint32_t fd_count)
+int fab_local_lane_packet(struct local_lane *lane, const void *bytes, size_t length, const int *fds,
+                          uint32_t fd_count)
 {
     int rc = fab_local_send(lane->end.sock, bytes, length, fds, fd_count);
     if (rc == -EAGAIN)
@@ -461,7 +457,7 @@ bool fab_local_lane_waiting(struct local_lane *lane)
            (lane->ready && fab_local_pull_is(lane->in, lane->served, LOCAL_PULL_POSTED) &&
             !atomic_load_explicit(&lane->in->closed, memory_order_relaxed)) ||
            (lane->asked != lane->answered &&
-            fab_local_pull_is(lane->out, lane->answered, LOCAL_PULL_DONE));
+            fab_local_pull_is(lane->out, (uint32_t)lane->answered, LOCAL_PULL_DONE));
 }
 
 /* ---- death ---- */

@@ -106,7 +106,7 @@ static int open_bell(struct local_nic *nic)
 static void local_close(struct fab_nic *base)
 {
     struct local_nic *nic = (struct local_nic *)base;
-    for (uint32_t i = 0; i < LOCAL_ORIGINS; i++)
+    for (uint32_t i = 0; nic->origin_count && i < LOCAL_ORIGINS; i++)
         if (nic->origins[i].state != LOCAL_O_FREE)
             fab_local_origin_close(nic, &nic->origins[i]);
     close_fds(nic);
@@ -152,8 +152,8 @@ static int local_open(const struct fab_nic_options *options, struct fab_nic **ou
 
 /* ---- memory ---- */
 
-static int local_mr_reg(struct fab_nic *base, const struct fab_memory *memory,
-                        struct fab_mr **out, fab_key *key)
+static int local_mr_reg(struct fab_nic *base, const struct fab_memory *memory, struct fab_mr **out,
+                        fab_key *key)
 {
     (void)base; /* a registration becomes known to lanes when they need it */
     if (memory->kind != FAB_MEM_HOST) {
@@ -307,8 +307,7 @@ static int run_lanes(struct local_nic *nic, int budget)
     memcpy(todo, nic->pending, sizeof todo);
     memset(nic->pending, 0, sizeof nic->pending);
     int n = 0, bit;
-    while (n < budget && nic->allowance &&
-           (bit = take_bit(todo, nic->words, nic->cursor)) >= 0) {
+    while (n < budget && nic->allowance && (bit = take_bit(todo, nic->words, nic->cursor)) >= 0) {
         nic->cursor = (uint32_t)bit + 1;
         if (nic->lanes[bit]) /* a peer may ring for what is not there */
             n += fab_local_lane_turn(nic->lanes[bit], budget - n);
@@ -342,8 +341,7 @@ static void tell_sleeping(struct local_nic *nic, bool sleeping)
     nic->armed = sleeping;
     for (uint32_t i = 0; i < nic->words * 64; i++)
         if (nic->lanes[i] && !nic->lanes[i]->closing)
-            atomic_store_explicit(&nic->lanes[i]->in->sleeping, sleeping,
-                                  memory_order_relaxed);
+            atomic_store_explicit(&nic->lanes[i]->in->sleeping, sleeping, memory_order_relaxed);
 }
 
 static int local_arm(struct fab_nic *base)

@@ -6,10 +6,10 @@
  *   the core holds all of them it is refused.
  * - A waiting origin is closed after LOCAL_ORIGIN_NS. Its SETUP comes first and is kept; its
  *   first frame goes to sink->hello and makes it *claimed*.
- * - From a claimed one nothing is read: what its peer sends meanwhile waits in the socket for
- *   the lane that it becomes, or for the next hello, when it is dropped. So a core that answers
- *   a HELLO with a CHALLENGE and drops the origin gets the second HELLO on the same connection.
- * - origin_gone is reported for claimed ones only.
+ * - From a claimed one nothing is read: what its peer sends meanwhile waits in the socket for the
+ *   lane that it becomes. When the core drops it, or answers it without opening a lane (a
+ *   CHALLENGE), it waits again, and its next frame is another hello.
+ * - Once it has been claimed, its end is reported by origin_gone, unless it was dropped.
  * - An origin's memory is valid as long as its NIC's.
  */
 #include <errno.h>
@@ -34,6 +34,30 @@ static void forget_setup(struct fab_origin *origin)
     origin->set_up = false;
 }
 
+static bool is_waiting(const struct fab_origin *origin)
+{
+    return origin->state == LOCAL_O_WAITING || origin->state == LOCAL_O_ANSWERED;
+}
+
+/* Reads on, for as long as a silent connection is kept. */
+static void wait_for_frame(struct local_nic *nic, struct fab_origin *origin, int state)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    origin->state = state;
+    origin->deadline = (int64_t)now.tv_sec * INT64_C(1000000000) + now.tv_nsec + LOCAL_ORIGIN_NS;
+    fab_local_watch(nic, EPOLL_CTL_MOD, origin->end.sock, EPOLLIN, LOCAL_E_ORIGIN,
+                    index_of(nic, origin));
+}
+
+/* The connection is of no use any more. */
+static void end_origin(struct local_nic *nic, struct fab_origin *origin)
+{
+    if (origin->state != LOCAL_O_WAITING)
+        nic->base.sink->origin_gone(&nic->base, origin);
+    fab_local_origin_close(nic, origin);
+}
+
 /* A free place, made if need be. NULL: there is none; `crowded` tells that one is due soon. */
 static struct fab_origin *find_place(struct local_nic *nic, int64_t now, bool *crowded)
 {
@@ -43,7 +67,7 @@ static struct fab_origin *find_place(struct local_nic *nic, int64_t now, bool *c
         struct fab_origin *origin = &nic->origins[i];
         if (origin->state == LOCAL_O_FREE)
             return origin;
-        if (origin->state == LOCAL_O_WAITING && (!oldest || origin->deadline < oldest->deadline))
+        if (is_waiting(origin) && (!oldest || origin->deadline < oldest->deadline))
             oldest = origin;
     }
     if (!oldest)
@@ -51,7 +75,7 @@ static struct fab_origin *find_place(struct local_nic *nic, int64_t now, bool *c
     *crowded = now < oldest->deadline - LOCAL_ORIGIN_NS + LOCAL_ORIGIN_SAFE_NS;
     if (*crowded)
         return NULL;
-    fab_local_origin_close(nic, oldest);
+    end_origin(nic, oldest);
     return oldest;
 }
 
@@ -76,14 +100,6 @@ int fab_local_origin_accept(struct local_nic *nic, int64_t now)
     return LOCAL_ACCEPTS;
 }
 
-/* The connection is of no use any more. */
-static void end_origin(struct local_nic *nic, struct fab_origin *origin)
-{
-    if (origin->state == LOCAL_O_CLAIMED)
-        nic->base.sink->origin_gone(&nic->base, origin);
-    fab_local_origin_close(nic, origin);
-}
-
 /* Our own packets: the first one has to be SETUP, and no other belongs here. */
 static int take_setup(struct fab_origin *origin, const struct local_note *note,
                       struct local_packet *packet)
@@ -106,8 +122,7 @@ static int take_hello(struct local_nic *nic, struct fab_origin *origin,
     if (!origin->set_up)
         return -EPROTO;
     origin->state = LOCAL_O_CLAIMED;
-    fab_local_watch(nic, EPOLL_CTL_MOD, origin->end.sock, 0, LOCAL_E_ORIGIN,
-                    index_of(nic, origin));
+    fab_local_watch(nic, EPOLL_CTL_MOD, origin->end.sock, 0, LOCAL_E_ORIGIN, index_of(nic, origin));
     /* The origin may be dropped or a lane when this returns. */
     nic->base.sink->hello(&nic->base, origin, packet->bytes, packet->length);
     return 0;
@@ -151,8 +166,8 @@ void fab_local_origin_expire(struct local_nic *nic, int64_t now)
 {
     for (uint32_t i = 0; nic->origin_count && i < LOCAL_ORIGINS; i++) {
         struct fab_origin *origin = &nic->origins[i];
-        if (origin->state == LOCAL_O_WAITING && now > origin->deadline)
-            fab_local_origin_close(nic, origin);
+        if (is_waiting(origin) && now > origin->deadline)
+            end_origin(nic, origin);
     }
 }
 
@@ -172,28 +187,23 @@ void fab_local_origin_close(struct local_nic *nic, struct fab_origin *origin)
     nic->origin_count--;
 }
 
-int fab_local_origin_reply(struct fab_nic *nic, struct fab_origin *origin, const uint8_t *blob,
+int fab_local_origin_reply(struct fab_nic *base, struct fab_origin *origin, const uint8_t *blob,
                            uint32_t blob_len, const uint8_t *bytes, uint32_t length)
 {
-    (void)nic; /* the connection knows where to; a blob is for those who have none */
-    (void)blob;
+    struct local_nic *nic = (struct local_nic *)base;
+    (void)blob; /* the connection knows where to */
     (void)blob_len;
     if (origin->state == LOCAL_O_FREE)
         return -ENOTCONN;
+    if (origin->state == LOCAL_O_CLAIMED)
+        wait_for_frame(nic, origin, LOCAL_O_ANSWERED);
     return fab_local_send(origin->end.sock, bytes, length, NULL, 0);
 }
 
 void fab_local_origin_drop(struct fab_nic *base, struct fab_origin *origin)
 {
-    struct local_nic *nic = (struct local_nic *)base;
-    if (origin->state != LOCAL_O_CLAIMED)
-        return;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    origin->state = LOCAL_O_WAITING;
-    origin->deadline = (int64_t)now.tv_sec * INT64_C(1000000000) + now.tv_nsec + LOCAL_ORIGIN_NS;
-    fab_local_watch(nic, EPOLL_CTL_MOD, origin->end.sock, EPOLLIN, LOCAL_E_ORIGIN,
-                    index_of(nic, origin));
+    if (origin->state == LOCAL_O_CLAIMED || origin->state == LOCAL_O_ANSWERED)
+        wait_for_frame((struct local_nic *)base, origin, LOCAL_O_WAITING);
 }
 
 void fab_local_origin_after_fork(struct fab_origin *origin)

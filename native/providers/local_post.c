@@ -73,8 +73,7 @@ static bool copy_chunk(struct local_lane *lane, uint8_t *to, const uint8_t *from
 {
     struct local_inbox *box = lane->out;
     if (!fab_local_enter(&box->busy, &box->revoked)) {
-        fab_local_fail(lane, -ECONNRESET, "process %d has ended the session",
-                       (int)lane->end.pid);
+        fab_local_fail(lane, -ECONNRESET, "process %d has ended the session", (int)lane->end.pid);
         return false;
     }
     memcpy(to, from, n);

@@ -3,7 +3,7 @@
  * Contract
  * - The asker says where the bytes are: in a memfd of its own that the peer maps (sent once per
  *   registration, LOCAL_SOURCES of them at a time, the oldest give way), in its process, or in
- *   its staging ring. FABRIC_LOCAL_PULL=vm or staged fixes the way; auto takes the first of these
+ *   its staging ring. FABRIC_LOCAL_PULL=vm or staging fixes the way; auto takes the first of these
  *   that works.
  * - The owner copies under its own progress lock, up to LOCAL_CHUNK at a time, into what
  *   sink->destination allows, under the asker's permit: once that is revoked no request starts
@@ -43,14 +43,13 @@ static int send_mapping(struct local_lane *lane, enum local_note_type type, uint
 }
 
 /* Where the peer finds `what`. NULL: not now, or the lane has failed. */
-static struct local_shown *show(struct local_lane *lane, const void *what, uint64_t length,
-                                int fd)
+static struct local_shown *show(struct local_lane *lane, const void *what, uint64_t length, int fd)
 {
     struct local_shown *shown = find_shown(lane, what);
     if (shown)
         return shown;
     shown = &lane->shown[(lane->last_serial + 1) % LOCAL_SOURCES];
-    if (shown->serial && (int32_t)(shown->last - lane->answered) > 0)
+    if (shown->serial && shown->last > lane->answered)
         return NULL; /* a request under way names what stands here */
     int rc = send_mapping(lane, LOCAL_MAP, lane->last_serial + 1, length, fd);
     if (rc) {
@@ -61,8 +60,8 @@ static struct local_shown *show(struct local_lane *lane, const void *what, uint6
     }
     if (shown->serial && !shown->what)
         lane->unmaps--; /* the new one takes its place */
-    *shown = (struct local_shown){
-        .serial = ++lane->last_serial, .what = what, .last = lane->answered};
+    *shown =
+        (struct local_shown){.serial = ++lane->last_serial, .what = what, .last = lane->answered};
     return shown;
 }
 
@@ -169,7 +168,7 @@ static bool choose_source(struct local_lane *lane, struct local_work *work, stru
         return true;
     if (mode == LOCAL_MODE_AUTO && wr->mr->memfd >= 0)
         return from_mapped(lane, wr->mr, src, out);
-    if (mode != LOCAL_MODE_STAGED && lane->peer_reads) {
+    if (mode != LOCAL_MODE_STAGING && lane->peer_reads) {
         out->from = LOCAL_FROM_PROCESS;
         out->source = (uint64_t)(uintptr_t)src;
         return true;
@@ -185,7 +184,7 @@ static void put_request(struct local_lane *lane, const struct local_work *work,
                         const struct request *request, bool last)
 {
     const struct fab_wr *wr = &work->wr;
-    struct local_pull *slot = fab_local_pull_at(lane->out, lane->asked);
+    struct local_pull *slot = fab_local_pull_at(lane->out, (uint32_t)lane->asked);
     slot->from = request->from;
     slot->flags = last ? wr->flags & FAB_WR_IMM : 0;
     slot->imm = wr->imm;
@@ -204,8 +203,7 @@ void fab_local_ask(struct local_lane *lane, struct local_work *work)
 {
     while (!work->issued && !work->status) {
         struct request request;
-        if (lane->asked - lane->answered == LOCAL_PULLS ||
-            !choose_source(lane, work, &request))
+        if (lane->asked - lane->answered == LOCAL_PULLS || !choose_source(lane, work, &request))
             break;
         bool last = work->moved + request.length == work->wr.length;
         put_request(lane, work, &request, last);
@@ -221,8 +219,8 @@ int fab_local_answers(struct local_lane *lane)
 {
     int n = 0;
     while (lane->asked != lane->answered &&
-           fab_local_pull_is(lane->out, lane->answered, LOCAL_PULL_DONE)) {
-        struct local_pull *slot = fab_local_pull_at(lane->out, lane->answered);
+           fab_local_pull_is(lane->out, (uint32_t)lane->answered, LOCAL_PULL_DONE)) {
+        struct local_pull *slot = fab_local_pull_at(lane->out, (uint32_t)lane->answered);
         int32_t status = slot->status;
         atomic_store_explicit(&slot->state, LOCAL_PULL_FREE, memory_order_relaxed);
         /* Answers come in order, so this one is for the oldest work request. */
@@ -334,8 +332,9 @@ static int prepare(struct local_lane *lane, struct step *step, uint64_t done, ui
     }
     step->n = r->length - done < most ? r->length - done : most;
     step->address = r->source + done;
+    /* All that is left of it, so that no part lands of what is refused as a whole. */
     step->to = lane->base.nic->sink->destination(&lane->base, r->region, r->offset + done,
-                                                 step->n);
+                                                 r->length - done);
     return step->to ? 0 : -EACCES;
 }
 
@@ -372,8 +371,8 @@ static int copy_process(struct local_lane *lane, struct step *steps, int count)
         to[i] = (struct iovec){steps[i].to, steps[i].n};
         from[i] = (struct iovec){(void *)(uintptr_t)steps[i].address, steps[i].n};
     }
-    ssize_t got = process_vm_readv(lane->end.pid, to, (unsigned long)count, from,
-                                   (unsigned long)count, 0);
+    ssize_t got =
+        process_vm_readv(lane->end.pid, to, (unsigned long)count, from, (unsigned long)count, 0);
     if (got <= 0) {
         steps[0].status = got < 0 ? -errno : -EFAULT;
         steps[0].n = 0;
@@ -466,7 +465,8 @@ int fab_local_serve(struct local_lane *lane)
         if (closed)
             return n;
         for (int i = 0; i < count; i++)
-            fab_local_spend(nic, steps[i].n > LOCAL_REQUEST_BYTES ? steps[i].n : LOCAL_REQUEST_BYTES);
+            fab_local_spend(nic,
+                            steps[i].n > LOCAL_REQUEST_BYTES ? steps[i].n : LOCAL_REQUEST_BYTES);
         n += finish_steps(lane, steps, count);
     }
     if (!lane->fault && fab_local_pull_is(lane->in, lane->served, LOCAL_PULL_POSTED))

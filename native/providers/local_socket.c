@@ -252,8 +252,8 @@ bool fab_local_is_note(const struct local_packet *packet, struct local_note *not
     return true;
 }
 
-void fab_local_watch(struct local_nic *nic, int op, int fd, uint32_t events,
-                     enum local_event kind, uint32_t index)
+void fab_local_watch(struct local_nic *nic, int op, int fd, uint32_t events, enum local_event kind,
+                     uint32_t index)
 {
     struct epoll_event event = {.events = events, .data.u64 = (uint64_t)kind << 32 | index};
     epoll_ctl(nic->epoll, op, fd, &event);

@@ -45,8 +45,8 @@ void fab_fail_text(const char *format, ...)
     va_end(args);
 }
 
-__attribute__((format(printf, 3, 4))) static void fail(int at, const char *what,
-                                                       const char *format, ...)
+__attribute__((format(printf, 3, 4))) static void fail(int at, const char *what, const char *format,
+                                                       ...)
 {
     char text[256];
     va_list args;
@@ -58,10 +58,10 @@ __attribute__((format(printf, 3, 4))) static void fail(int at, const char *what,
     failures++;
 }
 
-#define CHECK(condition, ...)                           \
-    do {                                                \
-        if (!(condition))                               \
-            fail(__LINE__, #condition, __VA_ARGS__);    \
+#define CHECK(condition, ...)                        \
+    do {                                             \
+        if (!(condition))                            \
+            fail(__LINE__, #condition, __VA_ARGS__); \
     } while (0)
 
 static int64_t now_ns(void)
@@ -204,8 +204,7 @@ static int send_frame(uint8_t type, const struct region *region, uint32_t value)
         f.bytes = region->length;
         f.pulled = region->memfd < 0;
     }
-    return provider->lane_send(me.lane, (const uint8_t *)&f, sizeof f,
-                               region ? region->mr : NULL);
+    return provider->lane_send(me.lane, (const uint8_t *)&f, sizeof f, region ? region->mr : NULL);
 }
 
 static void on_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t length, int fd)
@@ -251,7 +250,8 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, const uint8
         f.type = T_CHALLENGE;
         int rc = provider->origin_reply(nic, origin, NULL, 0, (uint8_t *)&f, sizeof f);
         CHECK(rc == 0, "origin_reply %d", rc);
-        provider->origin_drop(nic, origin);
+        if (me.challenges & 1) /* both ways have to do */
+            provider->origin_drop(nic, origin);
     } else if (provider->lane_open(nic, origin, &me.lane) == 0) {
         send_frame(T_WELCOME, NULL, 0);
     }
@@ -315,8 +315,8 @@ static void open_region(struct region *region, uint64_t length, bool shared, uin
     }
     region->base = map;
     memset(map, 0, length);
-    struct fab_memory memory = {.base = map, .length = length, .number = number,
-                                .memfd = region->memfd, .dmabuf_fd = -1};
+    struct fab_memory memory = {
+        .base = map, .length = length, .number = number, .memfd = region->memfd, .dmabuf_fd = -1};
     CHECK(provider->mr_reg(me.nic, &memory, &region->mr, &region->key) == 0, "mr_reg");
     CHECK(region->key.addr == 0 && region->key.rkey == number, "key");
 }
@@ -364,14 +364,14 @@ static void close_all(void)
 }
 
 /* Polls until the condition holds; evaluates it once each time. */
-#define AWAIT(condition, ...)                                                                \
-    do {                                                                                     \
-        int64_t await_end = now_ns() + WAIT_NS;                                              \
-        bool holds;                                                                          \
-        while (!(holds = (condition)) && now_ns() < await_end && !me.down)                   \
-            poll_nic();                                                                      \
-        if (!holds)                                                                          \
-            fail(__LINE__, #condition, __VA_ARGS__);                                         \
+#define AWAIT(condition, ...)                                              \
+    do {                                                                   \
+        int64_t await_end = now_ns() + WAIT_NS;                            \
+        bool holds;                                                        \
+        while (!(holds = (condition)) && now_ns() < await_end && !me.down) \
+            poll_nic();                                                    \
+        if (!holds)                                                        \
+            fail(__LINE__, #condition, __VA_ARGS__);                       \
     } while (0)
 
 static void connect_to(const uint8_t *blob)
@@ -472,9 +472,14 @@ static void hear(void *bytes, size_t length)
 
 static void report_now(bool ok)
 {
-    struct report r = {.ok = ok, .imms = me.imms, .calls = me.imm_calls, .done = me.done,
-                       .disorder = me.disorder + me.text_gaps, .failed = me.failed,
-                       .pid = getpid(), .down = me.down != 0};
+    struct report r = {.ok = ok,
+                       .imms = me.imms,
+                       .calls = me.imm_calls,
+                       .done = me.done,
+                       .disorder = me.disorder + me.text_gaps,
+                       .failed = me.failed,
+                       .pid = getpid(),
+                       .down = me.down != 0};
     tell(&r, sizeof r);
 }
 
@@ -772,8 +777,8 @@ static void test_pull_many_sources(void)
         }
     AWAIT(me.done == 2 * COUNT, "%llu done", (unsigned long long)me.done);
     CHECK(me.failed == 0, "status %d", me.last_status);
-    struct report r = order((struct order){.type = O_CHECK, .imms = 2 * COUNT, .length = 4096 * COUNT,
-                                           .key = 5});
+    struct report r =
+        order((struct order){.type = O_CHECK, .imms = 2 * COUNT, .length = 4096 * COUNT, .key = 5});
     CHECK(r.ok, "bytes of many sources");
     for (int i = 0; i < COUNT; i++)
         close_region(&regions[i]);
@@ -785,8 +790,12 @@ static void test_pull_many_sources(void)
  * of all before it. */
 static void mixed_order(const char *mode, bool src_shared)
 {
-    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_shared = src_shared,
-                          .src_bytes = STAMPS * 8, .mode = mode, .in_order = true};
+    struct setup setup = {.dst_shared = true,
+                          .dst_bytes = MIB,
+                          .src_shared = src_shared,
+                          .src_bytes = STAMPS * 8,
+                          .mode = mode,
+                          .in_order = true};
     begin(&setup);
     struct fab_remote *direct = me.remote, *pulled;
     CHECK(provider->import(me.lane, 11, MIB, -1, true, &pulled) == 0, "import");
@@ -804,8 +813,8 @@ static void mixed_order(const char *mode, bool src_shared)
     AWAIT(me.done == (uint64_t)n, "%llu of %d", (unsigned long long)me.done, n);
     CHECK(me.failed == 0, "status %d", me.last_status);
     struct report r = order((struct order){.type = O_CHECK, .imms = STAMPS});
-    CHECK(r.ok && r.disorder == 0, "disorder %llu, %llu immediates",
-          (unsigned long long)r.disorder, (unsigned long long)r.imms);
+    CHECK(r.ok && r.disorder == 0, "disorder %llu, %llu immediates", (unsigned long long)r.disorder,
+          (unsigned long long)r.imms);
     me.remote = direct;
     provider->unimport(pulled);
     quit();
@@ -923,8 +932,12 @@ static void echo_server(const struct setup *setup)
 static void test_sleepers(void)
 {
     enum { ROUNDS = 4000 };
-    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB,
-                          .grants = true, .sleeps = true, .server = echo_server};
+    struct setup setup = {.dst_shared = true,
+                          .dst_bytes = MIB,
+                          .src_bytes = MIB,
+                          .grants = true,
+                          .sleeps = true,
+                          .server = echo_server};
     begin(&setup);
     int64_t slowest = 0;
     for (uint64_t i = 0; i < ROUNDS; i++) {
@@ -969,8 +982,12 @@ static bool is_still(uint8_t *copy, int ms)
 /* SIGKILL in mid-write, while a child of the victim keeps its socket open. */
 static void kill_writer(bool shared, const char *mode)
 {
-    struct setup setup = {.dst_shared = shared, .dst_bytes = 16 * MIB, .src_shared = false,
-                          .src_bytes = 16 * MIB, .grants = true, .mode = mode};
+    struct setup setup = {.dst_shared = shared,
+                          .dst_bytes = 16 * MIB,
+                          .src_shared = false,
+                          .src_bytes = 16 * MIB,
+                          .grants = true,
+                          .mode = mode};
     begin(&setup);
     struct report child = order((struct order){.type = O_FORK});
     order((struct order){.type = O_WRITE, .value = 16 * MIB});
@@ -1010,8 +1027,11 @@ static void test_kill(void)
 static void test_fence(void)
 {
     for (int i = 0; i < 12; i++) {
-        struct setup setup = {.dst_shared = i % 3 != 1, .dst_bytes = MIB, .src_bytes = MIB,
-                              .grants = true, .mode = i % 3 == 2 ? "staging" : NULL};
+        struct setup setup = {.dst_shared = i % 3 != 1,
+                              .dst_bytes = MIB,
+                              .src_bytes = MIB,
+                              .grants = true,
+                              .mode = i % 3 == 2 ? "staging" : NULL};
         begin(&setup);
         order((struct order){.type = O_WRITE, .value = MIB});
         uint64_t enough = 1 + next_random() % 20;
@@ -1107,7 +1127,9 @@ static void test_stop(void)
 static void test_pull_close(void)
 {
     for (int i = 0; i < 12; i++) {
-        struct setup setup = {.dst_bytes = 8 * MIB, .src_bytes = 8 * MIB, .src_shared = i % 3 == 0,
+        struct setup setup = {.dst_bytes = 8 * MIB,
+                              .src_bytes = 8 * MIB,
+                              .src_shared = i % 3 == 0,
                               .mode = i % 3 == 2 ? "staging" : NULL};
         begin(&setup);
         memset(me.src.base, 1, 8 * MIB);
@@ -1167,13 +1189,21 @@ static void test_bad_pull(void)
     me.remote = bad;
     write_and_wait(0, 0, 100, 1);
     CHECK(me.failed == 1 && me.last_status == -EACCES, "unknown region: %d", me.last_status);
+    provider->unimport(bad);
+    CHECK(provider->import(me.lane, 11, 2 * MIB, -1, true, &bad) == 0, "import");
+    me.remote = bad; /* says more than there is: not even the part that fits may land */
+    memset(me.src.base, 9, 2 * MIB);
+    write_and_wait(0, MIB / 2, MIB, 1);
+    CHECK(me.failed == 2 && me.last_status == -EACCES, "too long: %d", me.last_status);
+    struct report r = order((struct order){.type = O_SCAN, .value = 9});
+    CHECK(r.ok && r.imms == 0, "a part of a refused write has landed");
     me.remote = good;
     write_and_wait(0, 0, 100, 1);
-    CHECK(me.failed == 1, "a good one after it: %d", me.last_status);
+    CHECK(me.failed == 2, "a good one after it: %d", me.last_status);
     munmap(me.src.base + MIB, MIB); /* the source vanishes: an error, no crash */
     if (((struct local_lane *)me.lane)->peer_reads) {
         write_and_wait(MIB - 100, 0, 200, 1);
-        CHECK(me.failed == 2 && me.last_status == -EFAULT, "no source: %d", me.last_status);
+        CHECK(me.failed == 3 && me.last_status == -EFAULT, "no source: %d", me.last_status);
     }
     provider->unimport(bad);
     me.src.length = MIB;
@@ -1197,8 +1227,10 @@ static void send_garbage(int sock, int kind)
     uint8_t bytes[FAB_FRAME_MAX + 512];
     for (size_t i = 0; i < sizeof bytes; i++)
         bytes[i] = (uint8_t)next_random();
-    struct local_note note = {.magic = LOCAL_NOTE_MAGIC, .version = LOCAL_VERSION,
-                              .type = LOCAL_SETUP, .number = (uint32_t)next_random(),
+    struct local_note note = {.magic = LOCAL_NOTE_MAGIC,
+                              .version = LOCAL_VERSION,
+                              .type = LOCAL_SETUP,
+                              .number = (uint32_t)next_random(),
                               .serial = sizeof(struct local_inbox)};
     int fds[4] = {sock, sock, sock, sock};
     switch (kind % 8) {
@@ -1268,8 +1300,8 @@ static void test_garbage_connections(void)
 static void test_garbage_on_lane(void)
 {
     for (int kind = 0; kind < 7; kind++) {
-        struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB,
-                              .mode = "staging"};
+        struct setup setup = {
+            .dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB, .mode = "staging"};
         begin(&setup);
         struct local_lane *lane = (struct local_lane *)me.lane;
         for (int i = 0; i < 3; i++)
@@ -1286,7 +1318,9 @@ static void test_garbage_on_lane(void)
 static void test_scribble(void)
 {
     for (int i = 0; i < 16; i++) {
-        struct setup setup = {.dst_shared = i & 1, .dst_bytes = MIB, .src_bytes = MIB,
+        struct setup setup = {.dst_shared = i & 1,
+                              .dst_bytes = MIB,
+                              .src_bytes = MIB,
                               .mode = i & 2 ? "staging" : NULL};
         begin(&setup);
         struct local_lane *lane = (struct local_lane *)me.lane;
@@ -1300,11 +1334,14 @@ static void test_scribble(void)
         }
         memset(lane->out->imms, 0xff, sizeof lane->out->imms);
         for (size_t k = 0; k < LOCAL_PULLS; k++) /* well-formed, with wild contents */
-            lane->out->pulls[k] = (struct local_pull){
-                .state = LOCAL_PULL_POSTED, .from = (uint32_t)(next_random() % 4),
-                .serial = next_random() % 3, .source = next_random(),
-                .region = 11, .offset = next_random() % (2 * MIB),
-                .length = next_random() >> (next_random() % 64)};
+            lane->out->pulls[k] =
+                (struct local_pull){.state = LOCAL_PULL_POSTED,
+                                    .from = (uint32_t)(next_random() % 4),
+                                    .serial = next_random() % 3,
+                                    .source = next_random(),
+                                    .region = 11,
+                                    .offset = next_random() % (2 * MIB),
+                                    .length = next_random() >> (next_random() % 64)};
         lane->out->closed = 0;
         lane->bell->bits[lane->out_bit / 64] |= UINT64_C(1) << (lane->out_bit % 64);
         sleep_ms(20);
@@ -1316,11 +1353,10 @@ static void test_scribble(void)
     }
 }
 
-/* The first hello is answered and dropped; the second one on the same connection gets in. */
+/* The first hellos are answered without a lane; the last one on the same connection gets in. */
 static void test_challenge(void)
 {
-    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB,
-                          .challenges = 3};
+    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB, .challenges = 3};
     begin(&setup);
     write_and_wait(0, 0, MIB, 1);
     quit();
@@ -1375,8 +1411,7 @@ static void test_crowd(void)
             AWAIT(provider->post(hosts[i], &wr, 1) == 1, "post there");
             AWAIT(provider->post(me.guests[i], &wr, 1) == 1, "post back");
         }
-        AWAIT(me.imms == (round + 1) * 2 * CROWD, "%llu immediates",
-              (unsigned long long)me.imms);
+        AWAIT(me.imms == (round + 1) * 2 * CROWD, "%llu immediates", (unsigned long long)me.imms);
     }
     for (int i = 0; i < CROWD; i++) {
         CHECK(provider->lane_close(hosts[i]) == 0, "close");
@@ -1420,7 +1455,6 @@ static void test_fork(void)
     quit();
 }
 
-
 /* ---- rough figures ---- */
 
 static int compare(const void *a, const void *b)
@@ -1433,8 +1467,12 @@ static void bench_ping(void)
 {
     enum { ROUNDS = 200000 };
     static int64_t times[ROUNDS];
-    struct setup setup = {.dst_shared = true, .dst_bytes = MIB, .src_bytes = MIB,
-                          .src_shared = true, .grants = true, .server = echo_server};
+    struct setup setup = {.dst_shared = true,
+                          .dst_bytes = MIB,
+                          .src_bytes = MIB,
+                          .src_shared = true,
+                          .grants = true,
+                          .server = echo_server};
     begin(&setup);
     for (uint64_t i = 0; i < ROUNDS; i++) {
         int64_t began = now_ns();
@@ -1462,8 +1500,8 @@ static void bench_bytes(const char *what, struct setup setup, uint64_t size, uin
             began = now_ns(); /* all pages have been touched */
         struct fab_wr wrs[WRS];
         for (uint64_t i = 0; i < WRS; i++)
-            wrs[i] = new_wr((c * WRS + i) * size % footprint, (c * WRS + i) * size % footprint,
-                            size, 1);
+            wrs[i] =
+                new_wr((c * WRS + i) * size % footprint, (c * WRS + i) * size % footprint, size, 1);
         uint64_t done = me.done;
         post_all(wrs, WRS);
         while (me.done < done + WRS)

@@ -7,7 +7,7 @@
  * anything was written to it. What may be cancelled is counted under ids of its own: they may end
  * void, the others never.
  *
- * test_threads [seed]; SECONDS of the environment is how long each provider runs. Status 77:
+ * test_threads [seed]; RUN_SECONDS of the environment is how long each provider runs. Status 77:
  * `local` passed, and there is no libfabric.
  */
 #include <pthread.h>
@@ -400,7 +400,7 @@ static void run_close(const char *provider)
 int main(int argc, char **argv)
 {
     static const char *const providers[] = {"local", "tcp"};
-    const char *seconds = getenv("SECONDS");
+    const char *seconds = getenv("RUN_SECONDS");
     int64_t ns = seconds ? (int64_t)(strtod(seconds, NULL) * (double)SECOND) : 3 * SECOND;
     fab_nic_info nics[FAB_MAX_NICS];
     check_begin(argc, argv);
