@@ -94,8 +94,10 @@ static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t times
     if (peer->early_overflow)
         return;
     peer->early_overflow = true;
-    fab_log(FAB_LOG_WARN, "peer %s sent immediates under more than %d ids that nobody opened; "
-            "its user ids are void", peer->label, FAB_MAX_EARLY_IDS);
+    fab_log(FAB_LOG_WARN,
+            "peer %s sent immediates under more than %d ids that nobody opened; "
+            "its user ids are void",
+            peer->label, FAB_MAX_EARLY_IDS);
     for (uint32_t i = 0; i < e->user_touched; i++) {
         struct fab_cell *cell = &e->cells[FAB_MAX_COUNTERS + i];
         if (cell->early == peer->slot.index + 1)
@@ -186,9 +188,11 @@ void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id)
 int fab_void_error(const struct fab_cell *cell)
 {
     if (atomic_load(&cell->flags) & FAB_CELL_OVERFLOWED)
-        return fab_error(FAB_E_VOID, "the counter is void: a peer sent immediates under more than "
+        return fab_error(FAB_E_VOID,
+                         "the counter is void: a peer sent immediates under more than "
                          "%d ids that nobody had opened; open counters before they are used, or "
-                         "let the engine choose their ids", FAB_MAX_EARLY_IDS);
+                         "let the engine choose their ids",
+                         FAB_MAX_EARLY_IDS);
     return fab_error(FAB_E_VOID, "the counter is void: a write under its id failed or was "
                                  "cancelled; use a fresh id");
 }
@@ -399,9 +403,9 @@ int64_t fab_counter_value(fab_engine *e, int64_t counter, uint32_t index)
     if (c && index >= c->count)
         value = fab_error(FAB_E_INVALID, "index %u of a block of %u counters", index, c->count);
     else if (c)
-        value = (int64_t)(atomic_load_explicit(&e->cells[c->first + index].sum,
-                                               memory_order_acquire) /
-                          FAB_PIECE_UNIT);
+        value =
+            (int64_t)(atomic_load_explicit(&e->cells[c->first + index].sum, memory_order_acquire) /
+                      FAB_PIECE_UNIT);
     if (c)
         put_counter(e, c);
     fab_leave(e);
@@ -518,14 +522,14 @@ int64_t fab_watch_counter(fab_engine *e, int64_t queue, int64_t counter, uint32_
     struct fab_counter *c = get_counter(e, counter);
     int64_t result = c ? 0 : FAB_E_INVALID;
     if (c && (index >= c->count || target > MAX_TARGET))
-        result = fab_error(FAB_E_INVALID, "counter %u of a block of %u, target %llu (limit %llu)",
-                           index, c->count, (unsigned long long)target,
-                           (unsigned long long)MAX_TARGET);
+        result =
+            fab_error(FAB_E_INVALID, "counter %u of a block of %u, target %llu (limit %llu)", index,
+                      c->count, (unsigned long long)target, (unsigned long long)MAX_TARGET);
     if (!result) {
         fab_lock(e);
-        result = !fab_slot_live(c) ? fab_error(FAB_E_CLOSED, "the counter was closed")
-                                   : fab_watch_cell(e, queue, c->first + index, target, peers, peer_count,
-                                                    tag);
+        result = !fab_slot_live(c)
+                     ? fab_error(FAB_E_CLOSED, "the counter was closed")
+                     : fab_watch_cell(e, queue, c->first + index, target, peers, peer_count, tag);
         fab_unlock(e);
     }
     if (c)

@@ -9,8 +9,8 @@
 
 #include <errno.h>
 #include <sched.h>
-#include <stdlib.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
@@ -482,11 +482,14 @@ int fab_disconnect(fab_engine *e, int64_t peer, int64_t timeout)
         if (rc == 1)
             rc = p->no_fence ? fab_error(FAB_E_FENCE_UNSUPPORTED,
                                          "provider %s cannot fence %s alone: writes it began may "
-                                         "still land", p->provider->name, p->label)
+                                         "still land",
+                                         p->provider->name, p->label)
                              : 0;
         else if (rc == FAB_E_TIMEOUT)
-            rc = fab_error(FAB_E_FENCE_PENDING, "%s may still be inside a write; its regions stay "
-                           "registered. Call again, or wait until it dies", p->label);
+            rc = fab_error(FAB_E_FENCE_PENDING,
+                           "%s may still be inside a write; its regions stay "
+                           "registered. Call again, or wait until it dies",
+                           p->label);
         fab_peer_put(e, p);
     }
     fab_leave(e);

@@ -141,6 +141,7 @@ struct fab_transfer {
     _Atomic bool cancel_asked;
     int code;
     struct fab_transfer *parent;
+    struct fab_transfer *eldest, *older, *younger; /* a group's children that have not ended */
     uint32_t children;
     struct fab_region *region;
     struct fab_import *import;

@@ -17,8 +17,8 @@ static const char barred_text[] = "it disconnected us, and has to use our addres
 static const char hello_label[] = "fabric hello 1", welcome_label[] = "fabric welcome 1";
 
 /* Best first. */
-static const int kind_order[] = {FAB_KIND_SIM,      FAB_KIND_LOCAL,   FAB_KIND_OFI_EFA,
-                                 FAB_KIND_VERBS,    FAB_KIND_OFI_TCP, FAB_KIND_OFI_RXM};
+static const int kind_order[] = {FAB_KIND_SIM,   FAB_KIND_LOCAL,   FAB_KIND_OFI_EFA,
+                                 FAB_KIND_VERBS, FAB_KIND_OFI_TCP, FAB_KIND_OFI_RXM};
 
 /* ---- our half ---- */
 
@@ -233,8 +233,7 @@ void fab_handshake_up(struct fab_peer *p)
 
 static bool connecting(const struct fab_peer *p)
 {
-    return p->active &&
-           atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_CONNECTING;
+    return p->active && atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_CONNECTING;
 }
 
 static void on_challenge(struct fab_peer *p, struct fab_reader *r)
@@ -246,7 +245,8 @@ static void on_challenge(struct fab_peer *p, struct fab_reader *r)
     if (!fab_read_end(r) || session != p->mine || !connecting(p) || memcmp(id, p->id, sizeof id))
         return;
     if (!p->engine->config.secret_len) {
-        fab_session_doom(p, FAB_E_UNREACHABLE, "the peer asks for a shared secret; none is set here");
+        fab_session_doom(p, FAB_E_UNREACHABLE,
+                         "the peer asks for a shared secret; none is set here");
         return;
     }
     memcpy(p->cookie, cookie, sizeof cookie);
@@ -272,8 +272,7 @@ static void on_refuse(struct fab_peer *p, struct fab_reader *r)
 static bool welcome_is_ours(const struct fab_peer *p, const struct fab_hello *h)
 {
     return p->active && h->answers == p->mine && h->lane_count == p->lane_count &&
-           !memcmp(h->from, p->id, sizeof h->from) &&
-           !memcmp(h->to, p->engine->id, sizeof h->to);
+           !memcmp(h->from, p->id, sizeof h->from) && !memcmp(h->to, p->engine->id, sizeof h->to);
 }
 
 static bool mac_ok(const struct fab_engine *e, const struct fab_reader *r,
@@ -353,6 +352,7 @@ static void challenge(struct fab_nic *nic, struct fab_origin *origin, const stru
     fab_frame_end(&w);
     nic->provider->origin_reply(nic, origin, h->lanes[0].blob, h->lanes[0].blob_len, w.bytes,
                                 w.used);
+    nic->provider->origin_drop(nic, origin); /* the next HELLO comes as a first frame again */
 }
 
 /* The cookie proves that the sender of a HELLO receives what we send to it, and bounds for how long
@@ -446,12 +446,12 @@ static void enqueue(struct fab_nic *nic, struct fab_origin *origin, const struct
         refuse(nic, origin, h, FAB_E_FULL, "too many newcomers wait for it");
         return;
     }
-    e->newcomers[e->newcomer_count++] = (struct fab_pending){.token = ++e->next_token,
-                                                             .nic = nic,
-                                                             .origin = origin,
-                                                             .deadline =
-                                                                 e->now + e->config.peer_timeout_ns,
-                                                             .hello = *h};
+    e->newcomers[e->newcomer_count++] =
+        (struct fab_pending){.token = ++e->next_token,
+                             .nic = nic,
+                             .origin = origin,
+                             .deadline = e->now + e->config.peer_timeout_ns,
+                             .hello = *h};
 }
 
 enum verdict { ADMIT, DROP, LATER };
@@ -492,7 +492,8 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, struct fab_
     make_cookie(e, &h, e->now / COOKIE_EPOCH_NS, cookie);
     make_cookie(e, &h, e->now / COOKIE_EPOCH_NS - 1, before);
     if (memcmp(h.to, e->id, sizeof h.to))
-        refuse(nic, origin, &h, FAB_E_UNREACHABLE, "another engine listens here; the peer restarted");
+        refuse(nic, origin, &h, FAB_E_UNREACHABLE,
+               "another engine listens here; the peer restarted");
     else if (!memcmp(h.from, e->id, sizeof h.from) || !lanes_fit(nic, &h))
         refuse(nic, origin, &h, FAB_E_WIRE, "malformed hello");
     else if (atomic_load(&e->closing))

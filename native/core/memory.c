@@ -139,9 +139,10 @@ int64_t fab_region_register(fab_engine *e, uint64_t base, uint64_t length, int k
         return FAB_E_CLOSED;
     int64_t result = 0;
     if (!length || !base || base + length < base)
-        result = fab_error(FAB_E_INVALID, "cannot register %llu bytes at %#llx: at least one byte "
-                           "of mapped memory is needed", (unsigned long long)length,
-                           (unsigned long long)base);
+        result = fab_error(FAB_E_INVALID,
+                           "cannot register %llu bytes at %#llx: at least one byte "
+                           "of mapped memory is needed",
+                           (unsigned long long)length, (unsigned long long)base);
     else if (kind != FAB_MEM_HOST && kind != FAB_MEM_CUDA)
         result = fab_error(FAB_E_INVALID, "memory kind %d is unknown", kind);
     struct fab_region *r = result ? NULL : new_region(e, (uint8_t *)(uintptr_t)base, length);
@@ -164,7 +165,8 @@ static int bind_numa(uint8_t *base, uint64_t length, int node)
     if (node < 0)
         return 0;
     if (node >= NUMA_NODES)
-        return fab_error(FAB_E_INVALID, "NUMA node %d is out of range (limit %d)", node, NUMA_NODES);
+        return fab_error(FAB_E_INVALID, "NUMA node %d is out of range (limit %d)", node,
+                         NUMA_NODES);
     mask[(unsigned)node / (8 * sizeof *mask)] |= 1ul << ((unsigned)node % (8 * sizeof *mask));
     if (syscall(SYS_mbind, base, length, MPOL_BIND, mask, (unsigned long)NUMA_NODES, 0ul))
         return fab_error(FAB_E_INVALID, "cannot bind memory to NUMA node %d: %s", node,
@@ -178,8 +180,8 @@ static int prefault(uint8_t *base, uint64_t length)
     if (!madvise(base, length, MADV_POPULATE_WRITE))
         return 0;
     if (errno != EINVAL)
-        return fab_error(FAB_E_SYSTEM, "cannot populate %llu bytes: %s",
-                         (unsigned long long)length, strerror(errno));
+        return fab_error(FAB_E_SYSTEM, "cannot populate %llu bytes: %s", (unsigned long long)length,
+                         strerror(errno));
     long page = sysconf(_SC_PAGESIZE); /* a kernel before 5.14 */
     for (uint64_t i = 0; i < length; i += (uint64_t)page)
         *(volatile uint8_t *)(base + i) = 0;
@@ -484,8 +486,8 @@ static void fence_holders(struct fab_engine *e, struct fab_region *r)
         if (!bit(r->quiet, i))
             continue;
         fab_bar(e, p);
-        fab_session_end(p, FAB_E_UNREACHABLE,
-                        "it did not let go of a region that was deregistered", true);
+        fab_session_end(p, FAB_E_UNREACHABLE, "it did not let go of a region that was deregistered",
+                        true);
     }
 }
 
@@ -506,8 +508,10 @@ static int begin_closing(struct fab_engine *e, struct fab_region *r)
     int rc = 0;
     fab_lock(e);
     if (r->aliases)
-        rc = fab_error(FAB_E_INVALID, "%u descriptors made for single peers show this region; "
-                       "deregister those first", r->aliases);
+        rc = fab_error(FAB_E_INVALID,
+                       "%u descriptors made for single peers show this region; "
+                       "deregister those first",
+                       r->aliases);
     else if (atomic_exchange(&r->closing, true))
         rc = fab_error(FAB_E_INVALID, "the region is being deregistered already");
     fab_unlock(e);
@@ -524,9 +528,11 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
     rc = fab_wait(e, region_unused, r, timeout);
     if (rc != 1) {
         atomic_store(&r->closing, false);
-        return rc == FAB_E_CLOSED ? rc : fab_error(FAB_E_TIMEOUT, "%u transfers still read from the "
-                                                   "region after %.3f s; it stays registered",
-                                                   atomic_load(&r->busy), (double)timeout / 1e9);
+        return rc == FAB_E_CLOSED ? rc
+                                  : fab_error(FAB_E_TIMEOUT,
+                                              "%u transfers still read from the "
+                                              "region after %.3f s; it stays registered",
+                                              atomic_load(&r->busy), (double)timeout / 1e9);
     }
     fab_lock(e);
     ask_holders(e, r);
@@ -536,9 +542,11 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
     fab_lock(e);
     e->now = fab_now();
     fence_holders(e, r);
-    rc = any_bit(r->quiet) ? fab_error(FAB_E_FENCE_PENDING, "a peer may still be inside a write to "
+    rc = any_bit(r->quiet) ? fab_error(FAB_E_FENCE_PENDING,
+                                       "a peer may still be inside a write to "
                                        "the region; it stays registered: do not free or reuse it, "
-                                       "and try again") : 0;
+                                       "and try again")
+                           : 0;
     if (rc)
         atomic_store(&r->closing, false);
     else
@@ -568,8 +576,8 @@ int fab_region_deregister(fab_engine *e, int64_t region, int64_t timeout)
 int fab_doorbell_open(struct fab_engine *e)
 {
     long page = sysconf(_SC_PAGESIZE);
-    e->doorbell = mmap(NULL, (size_t)page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                       0);
+    e->doorbell =
+        mmap(NULL, (size_t)page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (e->doorbell == MAP_FAILED) {
         e->doorbell = NULL;
         return fab_error(FAB_E_SYSTEM, "mmap: %s", strerror(errno));

@@ -24,8 +24,8 @@ bool fab_peer_has_business(const struct fab_peer *p)
 {
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
-           p->inflight.head || p->sending.head || p->sent.head || p->grants_open ||
-           p->void_count || p->due_quiesce || p->quiesce_open || p->ending ||
+           p->inflight.head || p->sending.head || p->sent.head || p->grants_open || p->void_count ||
+           p->due_quiesce || p->quiesce_open || p->ending ||
            atomic_load_explicit(&p->waiters, memory_order_relaxed);
 }
 
@@ -153,7 +153,8 @@ static int check_address(struct fab_engine *e, const fab_peer_address *a)
             return fab_error(FAB_E_INVALID, "NIC %u has an address of %u bytes; the limit is %d", i,
                              a->nics[i].blob_len, FAB_BLOB_MAX);
     if (!memcmp(a->id, e->id, sizeof e->id))
-        return fab_error(FAB_E_INVALID, "the address is this engine's own; copy the memory instead");
+        return fab_error(FAB_E_INVALID,
+                         "the address is this engine's own; copy the memory instead");
     return 0;
 }
 

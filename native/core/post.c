@@ -229,8 +229,8 @@ static int post_transfer(struct fab_transfer *t, uint32_t budget)
                atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING)
             posted += (uint32_t)post_chain(t, i, budget - posted, &full);
     }
-    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING &&
-        !t->shares_open && t->outstanding) {
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING && !t->shares_open &&
+        t->outstanding) {
         fab_list_remove(t);
         fab_list_append(&t->peer->inflight, t);
     }

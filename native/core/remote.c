@@ -273,9 +273,11 @@ static int fill_import(struct fab_import *i, struct fab_peer *p, const fab_descr
 static int64_t add_import(struct fab_engine *e, struct fab_peer *p, const fab_descriptor *d)
 {
     if (d->key_count > FAB_MAX_NICS || d->offset + d->length < d->offset)
-        return fab_error(FAB_E_INVALID, "a descriptor of %llu bytes at offset %llu with %u keys "
-                         "(limit %d)", (unsigned long long)d->length, (unsigned long long)d->offset,
-                         d->key_count, FAB_MAX_NICS);
+        return fab_error(FAB_E_INVALID,
+                         "a descriptor of %llu bytes at offset %llu with %u keys "
+                         "(limit %d)",
+                         (unsigned long long)d->length, (unsigned long long)d->offset, d->key_count,
+                         FAB_MAX_NICS);
     if (p->nics && d->key_count != p->nic_count)
         return fab_error(FAB_E_INVALID, "the descriptor has %u keys, its engine %u NICs",
                          d->key_count, p->nic_count);

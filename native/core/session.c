@@ -101,8 +101,7 @@ static int flush(struct fab_peer *p)
     if (p->due_ack && fab_message_send_ack(p))
         p->due_ack = false, n++;
     bool more = p->due_ready || p->due_pong || p->due_voided || p->due_ping || p->asked_count ||
-                p->due_quiesce || p->due_quiesced || p->due_ack ||
-                (p->void_count && !p->void_sent);
+                p->due_quiesce || p->due_quiesced || p->due_ack || (p->void_count && !p->void_sent);
     if (more)
         fab_peer_busy(p);
     return n;
@@ -249,8 +248,8 @@ static void check_silence(struct fab_peer *p)
     int64_t silent = e->now - p->last_heard, timeout = e->config.peer_timeout_ns;
     if (silent > timeout) {
         char text[FAB_TEXT_MAX];
-        fab_text(text, sizeof text, "silent for %.1f s (peer_timeout %.1f s)",
-                 (double)silent / 1e9, (double)timeout / 1e9);
+        fab_text(text, sizeof text, "silent for %.1f s (peer_timeout %.1f s)", (double)silent / 1e9,
+                 (double)timeout / 1e9);
         fab_session_doom(p, FAB_E_UNREACHABLE, text);
     } else if (silent > timeout / 4 && e->now - p->last_ping > timeout / 4) {
         p->last_ping = e->now;

@@ -128,9 +128,20 @@ static void end(struct fab_engine *e, struct fab_transfer *t, uint32_t state)
     fab_transfer_put(e, t);
 }
 
+static void leave_family(struct fab_transfer *parent, const struct fab_transfer *child)
+{
+    if (child->older)
+        child->older->younger = child->younger;
+    else
+        parent->eldest = child->younger;
+    if (child->younger)
+        child->younger->older = child->older;
+}
+
 static void child_ended(struct fab_engine *e, struct fab_transfer *parent,
                         const struct fab_transfer *child)
 {
+    leave_family(parent, child);
     parent->acknowledged += child->acknowledged;
     if (child->code && !parent->code) {
         parent->code = child->code;
@@ -141,9 +152,9 @@ static void child_ended(struct fab_engine *e, struct fab_transfer *parent,
     }
     if (--parent->children)
         return;
-    uint32_t state = !parent->code                       ? FAB_T_DONE
-                     : parent->code == FAB_E_CANCELLED   ? FAB_T_CANCELLED
-                                                         : FAB_T_FAILED;
+    uint32_t state = !parent->code                     ? FAB_T_DONE
+                     : parent->code == FAB_E_CANCELLED ? FAB_T_CANCELLED
+                                                       : FAB_T_FAILED;
     end(e, parent, state);
 }
 
@@ -181,12 +192,10 @@ static void cancel_one(struct fab_transfer *t)
 
 void fab_transfer_do_cancel(struct fab_engine *e, struct fab_transfer *t)
 {
-    if (atomic_load(&t->state) == FAB_T_RUNNING && t->kind == FAB_K_GROUP) {
-        uint32_t touched = atomic_load_explicit(&e->transfers.touched, memory_order_acquire);
-        for (uint32_t i = 0; i < touched; i++) {
-            struct fab_transfer *child = fab_slot_at(&e->transfers, i);
-            if (child->parent == t)
-                cancel_one(child);
+    if (t->kind == FAB_K_GROUP) {
+        for (struct fab_transfer *child = t->eldest, *next; child; child = next) {
+            next = child->younger;
+            cancel_one(child);
         }
     } else if (atomic_load(&t->state) == FAB_T_RUNNING) {
         cancel_one(t);
@@ -214,19 +223,16 @@ static void start_one(struct fab_transfer *t)
         fab_post_enqueue(t);
 }
 
-/* A parent's children are linked by `next` until they are started. */
-void fab_transfer_start(struct fab_engine *e, struct fab_transfer *t)
+void fab_transfer_start(struct fab_transfer *t)
 {
     if (t->kind != FAB_K_GROUP) {
         start_one(t);
         return;
     }
-    for (struct fab_transfer *child = t->next, *next; child; child = next) {
-        next = child->next;
-        child->next = NULL;
+    for (struct fab_transfer *child = t->eldest, *next; child; child = next) {
+        next = child->younger; /* a child that cannot start ends, and leaves the chain */
         start_one(child);
     }
-    (void)e;
 }
 
 /* ---- building at submission, without the lock ---- */
@@ -269,7 +275,6 @@ static void discard(struct fab_engine *e, struct fab_transfer *t)
     }
     if (t->import)
         fab_import_put(e, t->import);
-    t->parent = NULL; /* cancelling a group looks for its children by this */
     fab_slot_kill(t);
     fab_transfer_put(e, t);
 }
@@ -277,8 +282,8 @@ static void discard(struct fab_engine *e, struct fab_transfer *t)
 static int check_imm(int64_t imm)
 {
     if (imm < FAB_NO_IMM || imm > 0x0fffffff)
-        return fab_error(FAB_E_INVALID, "counter id %lld is out of range: 0 to %d",
-                         (long long)imm, 0x0fffffff);
+        return fab_error(FAB_E_INVALID, "counter id %lld is out of range: 0 to %d", (long long)imm,
+                         0x0fffffff);
     return 0;
 }
 
@@ -319,7 +324,7 @@ static int64_t submit(struct fab_engine *e, struct fab_transfer *t)
         fab_kick(e);
         return handle;
     }
-    fab_transfer_start(e, t);
+    fab_transfer_start(t);
     fab_serve(e);
     bool left = atomic_load_explicit(&t->state, memory_order_relaxed) < FAB_T_DONE;
     fab_unlock(e);
@@ -473,11 +478,10 @@ struct group {
 
 static void discard_group(struct fab_engine *e, struct fab_transfer *parent)
 {
-    for (struct fab_transfer *child = parent->next, *next; child; child = next) {
-        next = child->next;
+    for (struct fab_transfer *child = parent->eldest, *next; child; child = next) {
+        next = child->younger;
         discard(e, child);
     }
-    parent->next = NULL;
     discard(e, parent);
 }
 
@@ -492,8 +496,10 @@ static struct fab_transfer *add_child(struct fab_engine *e, struct fab_transfer 
     child->imm = parent->imm;
     child->deadline = parent->deadline;
     child->count = 1;
-    child->next = parent->next;
-    parent->next = child;
+    child->younger = parent->eldest;
+    if (child->younger)
+        child->younger->older = child;
+    parent->eldest = child;
     parent->children++;
     return child;
 }
@@ -503,7 +509,7 @@ static int64_t submit_group(struct fab_engine *e, struct fab_transfer *parent)
 {
     if (!parent->children)
         return submit_done(e, parent);
-    for (struct fab_transfer *child = parent->next; child; child = child->next)
+    for (struct fab_transfer *child = parent->eldest; child; child = child->younger)
         fab_slot_kill(child);
     return submit(e, parent);
 }
@@ -643,11 +649,16 @@ int64_t fab_send(fab_engine *e, int64_t peer, const void *bytes, uint64_t length
     if (!p)
         result = FAB_E_INVALID;
     else if (length > FAB_MAX_MESSAGE)
-        result = fab_error(FAB_E_INVALID, "a message of %llu bytes; the limit is %d: write larger "
-                           "data one-sided", (unsigned long long)length, FAB_MAX_MESSAGE);
+        result = fab_error(FAB_E_INVALID,
+                           "a message of %llu bytes; the limit is %d: write larger "
+                           "data one-sided",
+                           (unsigned long long)length, FAB_MAX_MESSAGE);
     else if (fab_wait(e, room_for_message, p, wait) != 1)
-        result = fab_error(FAB_E_FULL, "%d messages to %s wait for its application to take some",
-                           FAB_MESSAGES_QUEUED, p->label);
+        result =
+            atomic_load(&e->closed)
+                ? FAB_E_CLOSED
+                : fab_error(FAB_E_FULL, "%d messages to %s wait for its application to take some",
+                            FAB_MESSAGES_QUEUED, p->label);
     struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_MESSAGE, wait);
     if (t) {
         t->peer = p;
@@ -688,8 +699,10 @@ static int report(struct fab_transfer *t, int rc, int64_t timeout)
         return fab_error(FAB_E_TIMEOUT, "the transfer to %s goes on after %.3f s", peer,
                          (double)timeout / 1e9);
     if (state == FAB_T_DRAINING)
-        return fab_error(FAB_E_DRAINING, "the transfer to %s drains (%s): its memory is still in "
-                         "use", peer, t->text);
+        return fab_error(FAB_E_DRAINING,
+                         "the transfer to %s drains (%s): its memory is still in "
+                         "use",
+                         peer, t->text);
     if (!t->code)
         return 0;
     return fab_error(t->code, "transfer to %s%s%s: %s (%llu of %llu ranges acknowledged)", peer,
