@@ -139,8 +139,8 @@ class Arrival:
                 self._counter.wait(self.expected, timeout=pause, peers=[self.prefiller])
                 self._arrive()
             except FabricError as error:
-                if self._is_gone(error):
-                    self._decoder._lost(self)
+                if (reason := self._gone(error)) is not None:
+                    self._decoder._lost(self, reason)
                 elif isinstance(error, CounterVoid):
                     self._over.wait(pause)
 
@@ -154,11 +154,11 @@ class Arrival:
                 await asyncio.wait_for(counted, pause)
                 self._arrive()
             except asyncio.TimeoutError:
-                if self._was_not_sent():
-                    await asyncio.to_thread(self._decoder._lost, self)
+                if (reason := self._unsent()) is not None:
+                    await asyncio.to_thread(self._decoder._lost, self, reason)
             except FabricError as error:
-                if self._is_gone(error):
-                    await asyncio.to_thread(self._decoder._lost, self)
+                if (reason := self._gone(error)) is not None:
+                    await asyncio.to_thread(self._decoder._lost, self, reason)
                 elif isinstance(error, CounterVoid):
                     await asyncio.sleep(pause)
 
@@ -187,8 +187,8 @@ class Arrival:
                 self._counter.wait(self.expected, timeout=pause, peers=[self.prefiller])
                 self._decoder._finish(self, None)
             except FabricError as error:
-                if self._is_gone(error):
-                    self._decoder._lost(self)
+                if (reason := self._gone(error)) is not None:
+                    self._decoder._lost(self, reason)
                 elif isinstance(error, CounterVoid):
                     self._over.wait(pause)
 
@@ -229,28 +229,28 @@ class Arrival:
             if self._state is _State.WAITING:
                 self._state = _State.ARRIVED
 
-    def _is_gone(self, error: FabricError) -> bool:
-        """Whether a wait ended because there is no prefiller.
+    def _gone(self, error: FabricError) -> str | None:
+        """Why a wait ended, if that is because there is no prefiller.
 
         Errors that mean neither that nor "look again" are raised.
         """
         if self._over.is_set() or isinstance(error, CounterVoid):
-            return False
+            return None
         if isinstance(error, PeerUnreachable | FencePending):
-            return True
+            return str(error)
         if not isinstance(error, WaitTimeout):
             raise error
-        return self._was_not_sent()
+        return self._unsent()
 
-    def _was_not_sent(self) -> bool:
-        """Whether our last message failed, so that nobody may ever answer."""
+    def _unsent(self) -> str | None:
+        """Why our last message failed, if it did: then nobody may ever answer."""
         if self._sent is None or not self._sent.done():
-            return False
+            return None
         try:
             self._sent.wait(0)
-        except FabricError:
-            return True
-        return False
+        except FabricError as error:
+            return str(error)
+        return None
 
 
 class Decoder:
@@ -357,15 +357,15 @@ class Decoder:
                 quarantine; try again.
         """
         with self._fencing:
-            self._fence(prefiller, timeout)
+            self._fence(prefiller, timeout, "by this decoder")
 
-    def _lost(self, arrival: Arrival) -> None:
+    def _lost(self, arrival: Arrival, reason: str) -> None:
         """Fence a prefiller that is gone, once for all who find out."""
         with self._fencing:
             if not arrival._over.is_set():
-                self._fence(arrival.prefiller, FENCE_SECONDS)
+                self._fence(arrival.prefiller, FENCE_SECONDS, reason)
 
-    def _fence(self, prefiller: Address, timeout: float) -> None:
+    def _fence(self, prefiller: Address, timeout: float, reason: str) -> None:
         with self._lock:
             fenced = [a for a in self._arrivals.values() if a.prefiller == prefiller]
         try:
@@ -377,7 +377,7 @@ class Decoder:
             raise
         for arrival in fenced:
             if not arrival._is_complete():
-                self._finish(arrival, RequestFailed("the prefiller is gone, and fenced"))
+                self._finish(arrival, RequestFailed(f"the prefiller was fenced: {reason}"))
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what is under way and stop.

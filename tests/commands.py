@@ -266,6 +266,18 @@ def write_pages(
     node.engine.write_pages(node.things[source], remote, src_pages, dst_pages, **options).wait(30.0)
 
 
+def begin_long(
+    node: State, name: str, source: str, descriptor: bytes, imm: int, pages: int
+) -> None:
+    """Begin a write of many pages of 1 MiB, all of them the first page of a region."""
+    remote = fabric.Descriptor.from_bytes(descriptor)
+    sources = np.zeros(pages, np.int32)
+    targets = (np.arange(pages) % (len(remote) >> 20)).astype(np.int32)
+    node.things[name] = node.engine.write_pages(
+        node.things[source], remote, sources, targets, page_bytes=1 << 20, imm=imm
+    )
+
+
 def scatter(
     node: State, source: str, rows: Sequence[tuple[bytes, int, int, int]], imm: int | None
 ) -> None:

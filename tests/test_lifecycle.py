@@ -30,7 +30,7 @@ def open_and_close(node: State, provider: str, nics: list[str] | None, count: in
             region = engine.alloc(4096)
             engine.counter()
             engine.register(np.zeros(100, np.uint8))
-            memoryview(region)[:4] = b"abcd"
+            region.numpy()[:4] = 7
             del region
     commands.gc.collect()
     return [len(commands.descriptors_open(node)), commands.thread_count(node)]
@@ -126,7 +126,7 @@ def test_close_with_a_peer_that_hangs(farm: Farm) -> None:
 
 
 LEAVE = """
-import sys, threading
+import contextlib, sys, threading
 import numpy as np
 import fabric
 engine = fabric.TransferEngine(provider=sys.argv[1], nics=sys.argv[3].split() or None,
@@ -136,7 +136,10 @@ remote = fabric.Descriptor.from_bytes(bytes.fromhex(sys.argv[2]))
 transfers = [engine.write(source, remote) for _ in range(10)]
 counter = engine.counter()
 if sys.argv[4] == "thread":
-    threading.Thread(target=counter.wait, args=(1,), daemon=True).start()
+    def wait():
+        with contextlib.suppress(fabric.EngineClosed):
+            counter.wait(1)
+    threading.Thread(target=wait, daemon=True).start()
     engine.write(source, remote).add_done_callback(print)
 if sys.argv[4] == "error":
     raise SystemExit(3)
@@ -268,7 +271,8 @@ def test_both_sides_connect_at_once(farm: Farm) -> None:
         for node in (a, b):
             assert node.settled("count", 50) == 50
             assert node.stats()["peers_up"] == 1
-            node.close()
+        a.close()
+        b.close()
 
 
 # ---- memory and statistics ----

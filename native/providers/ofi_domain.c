@@ -111,6 +111,7 @@ static int read_error(struct ofi_domain *domain)
     *queue_tail(domain) = (struct ofi_event){
         .slot = e.entry.op_context,
         .flags = e.entry.flags,
+        .data = e.entry.data,
         .from = FI_ADDR_NOTAVAIL,
         .error = e.entry.err > 0 && e.entry.err < 256 ? e.entry.err : EIO,
         .prov_errno = e.entry.prov_errno,

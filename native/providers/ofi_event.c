@@ -19,17 +19,18 @@ static struct ofi_lane *lane_written(const struct ofi_domain *domain, const stru
     return ofi_lane_of_token(nic, (uint32_t)(event->data >> 32));
 }
 
-static bool is_immediate(const struct ofi_event *event)
+/* A write with an immediate by the peer, whole or (with an error) broken off. */
+static bool is_written(const struct ofi_event *event)
 {
     const uint64_t both = FI_REMOTE_WRITE | FI_REMOTE_CQ_DATA;
 
-    return !event->slot && !event->error && (event->flags & both) == both;
+    return !event->slot && (event->flags & both) == both;
 }
 
 /* The lane that an event concerns, or NULL. */
 static struct ofi_lane *lane_of(const struct ofi_domain *domain, const struct ofi_event *event)
 {
-    if (is_immediate(event))
+    if (is_written(event))
         return lane_written(domain, event);
     if (!event->slot || event->slot->kind == OFI_REPLY)
         return NULL;
@@ -125,16 +126,24 @@ static void recv_ended(struct ofi_domain *domain, const struct ofi_event *event)
         ofi_pool_give(&port->recvs, slot); /* poll() tries again */
 }
 
+/* The peer sees the failure of a write that broke off, if it lives; here it is the only sign that
+ * the connection was lost. */
+static void written(struct ofi_domain *domain, const struct ofi_event *event)
+{
+    struct ofi_lane *lane = lane_written(domain, event);
+
+    if (lane && event->error)
+        down(domain, lane, "a write by the peer", event);
+    else if (lane)
+        domain->nic->base.sink->imm(&lane->base, (uint32_t)event->data, 1);
+}
+
 void ofi_handle(struct ofi_domain *domain, const struct ofi_event *event)
 {
-    if (is_immediate(event)) {
-        struct ofi_lane *lane = lane_written(domain, event);
-        if (lane)
-            domain->nic->base.sink->imm(&lane->base, (uint32_t)event->data, 1);
-        return;
-    }
+    if (is_written(event))
+        written(domain, event);
     if (!event->slot)
-        return; /* a peer's write that broke off: its own end reports it */
+        return;
     switch (event->slot->kind) {
     case OFI_WRITE:
         write_ended(domain, event);

@@ -636,6 +636,24 @@ static void dropped_target(void)
     close_side();
 }
 
+/* The initiator dies in the middle of a write: libfabric tells the target then, and only then. */
+static void orphan_initiator(void)
+{
+    open_side(1);
+    struct end *end = connect_lane(0);
+    for (;;)
+        put(end, 0, 0, 16 * MIB, 1);
+}
+
+static void orphan_target(void)
+{
+    open_side(1);
+    UNTIL(side.ends[0].imms > 2);
+    kill((pid_t)hear(), SIGKILL);
+    UNTIL(side.ends[0].down == 1);
+    close_side();
+}
+
 enum { WARM = 20, CYCLES = 200 };
 
 static void cycles_initiator(void)
