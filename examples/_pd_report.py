@@ -87,6 +87,11 @@ def shortened(tokens: list[int], limit: int = 12) -> str:
     return f"{' '.join(map(str, head))} ... {' '.join(map(str, tail))}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Say how many."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
@@ -114,8 +119,8 @@ def print_runs(runs: list[Run], expected: list[Generated]) -> None:
         print(f"  decoded    {shortened(run.tokens)}   ({len(run.tokens)} tokens)")
         print(f"  undivided  {shortened(reference.tokens)}   {verdict(run, reference)}")
         print(
-            f"  moved      {size(run.bytes)} in {run.ranges} ranges: {run.pages} pages of K and "
-            f"of V in each of {len(run.computed)} layers, and the tail"
+            f"  moved      {size(run.bytes)} in {run.ranges} ranges: {len(run.computed)} layers x "
+            f"K and V x {plural(run.pages, 'page')}, and the tail"
         )
         print(
             f"  times      prefill {1e3 * compute:.1f} ms, wire {1e3 * length(run.wire):.1f} ms, "
@@ -131,7 +136,8 @@ def print_totals(runs: list[Run]) -> None:
     hidden = sum(overlap(run.wire, run.compute) for run in runs)
     busy = sum(length(run.wire) for run in runs)
     pages = sum(run.pages for run in runs)
-    print(f"total        {size(moved)}, {pages} pages, {sum(run.ranges for run in runs)} ranges")
+    ranges = sum(run.ranges for run in runs)
+    print(f"total        {size(moved)}, {plural(pages, 'page')}, {plural(ranges, 'range')}")
     print(
         f"on the wire  {moved / length(wire) / 1e9:.2f} GB/s "
         f"({size(moved)} in the {1e3 * length(wire):.1f} ms in which a write was outstanding)"

@@ -54,7 +54,7 @@ class Core:
 
     def __init__(self, ptr: Any) -> None:
         self.ptr = ptr
-        self._owner = EngineOwner(int(ffi.cast("uintptr_t", ptr)))
+        self._owner = EngineOwner(ptr)
         self.address: Address
         self.closed = False
         self.forked = False

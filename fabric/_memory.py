@@ -205,7 +205,7 @@ def new_region(core: Core, handle: int) -> MemoryRegion:
     region = cast("MemoryRegion", mr)
     region._open(core, handle, info)
     if info.mapped:
-        region._keeps.append(MappingOwner(info.base << 64 | info.mapped))
+        region._keeps.append(MappingOwner(info.base, info.mapped))
     return region
 
 

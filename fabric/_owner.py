@@ -1,37 +1,73 @@
-"""What C gave us to give back, as the last thing that happens to it."""
+"""What C gave us to give back, as the last thing that happens to it.
+
+Of a set of objects that refer to each other the garbage collector calls every ``__del__`` in any
+order: an engine could be freed, or memory unmapped, before an object that still uses it in its own
+``__del__``. So what dies inside a collection is given back when that collection is over, and what
+dies when the interpreter ends is left to the kernel.
+"""
 
 from __future__ import annotations
 
+import collections
+import gc
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from ._native import ffi, lib
+from ._native import lib
+
+_late: collections.deque[Callable[[], None]] = collections.deque()
+_collections = 0  # under way, in whatever thread
 
 
-class _Number(int):
-    """A number whose `__del__` gives back what it stands for.
-
-    Of a set of objects that refer to each other the garbage collector calls every `__del__`, and
-    what ffi.gc() registered, in any order: an engine could be freed before an object that calls C
-    with it in its own `__del__`. An int without attributes is not seen by the collector. It dies
-    when the last reference is dropped, which is after all of those.
-    """
-
-    __slots__ = ()
+def _follow_collections(phase: str, _info: dict[str, int]) -> None:
+    global _collections
+    if phase == "start":
+        _collections += 1
+        return
+    _collections -= 1
+    while not _collections and _late:
+        _late.popleft()()
 
 
-class EngineOwner(_Number):
-    """Frees a C engine; made from its address. In a forked child C does nothing."""
-
-    __slots__ = ()
-
-    def __del__(self, free: Any = lib.fab_engine_free, cast: Any = ffi.cast) -> None:
-        free(cast("fab_engine *", int(self)))
+gc.callbacks.append(_follow_collections)
 
 
-class MappingOwner(_Number):
-    """Unmaps memory of the C core; made from its address << 64 | its length."""
+def _give_back(
+    action: Callable[[], None],
+    finalizing: Any = sys.is_finalizing,
+    late: Any = _late,
+) -> None:
+    if finalizing():
+        return
+    if _collections:
+        late.append(action)
+    else:
+        action()
 
-    __slots__ = ()
 
-    def __del__(self, unmap: Any = lib.fab_unmap) -> None:
-        unmap(self >> 64, self & (1 << 64) - 1)
+class EngineOwner:
+    """Frees a C engine. In a forked child C does nothing."""
+
+    __slots__ = ("_ptr",)
+
+    def __init__(self, ptr: Any) -> None:
+        self._ptr = ptr
+
+    def __del__(self, give_back: Any = _give_back, free: Any = lib.fab_engine_free) -> None:
+        ptr = self._ptr
+        give_back(lambda: free(ptr))
+
+
+class MappingOwner:
+    """Unmaps memory of the C core."""
+
+    __slots__ = ("_base", "_length")
+
+    def __init__(self, base: int, length: int) -> None:
+        self._base = base
+        self._length = length
+
+    def __del__(self, give_back: Any = _give_back, unmap: Any = lib.fab_unmap) -> None:
+        base, length = self._base, self._length
+        give_back(lambda: unmap(base, length))

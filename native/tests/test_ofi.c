@@ -636,24 +636,6 @@ static void dropped_target(void)
     close_side();
 }
 
-/* The initiator dies in the middle of a write: libfabric tells the target then, and only then. */
-static void orphan_initiator(void)
-{
-    open_side(1);
-    struct end *end = connect_lane(0);
-    for (;;)
-        put(end, 0, 0, 16 * MIB, 1);
-}
-
-static void orphan_target(void)
-{
-    open_side(1);
-    UNTIL(side.ends[0].imms > 2);
-    kill((pid_t)hear(), SIGKILL);
-    UNTIL(side.ends[0].down == 1);
-    close_side();
-}
-
 enum { WARM = 20, CYCLES = 200 };
 
 static void cycles_initiator(void)
@@ -822,6 +804,29 @@ static void refuse_target(void)
     close_side();
 }
 
+/* A peer that dies in the middle of its write: the only case in which libfabric tells us. */
+static void orphan_initiator(void)
+{
+    open_side(1);
+    struct end *end = connect_lane(0);
+    const uint8_t *at = side.memory;
+    UNTIL(end->imms > 1 && at[0] != at[64 * MIB - 1]); /* begun, and far from its end */
+    kill(target_pid, SIGKILL);
+    UNTIL(end->down == 1);
+    close_side();
+}
+
+static void orphan_target(void)
+{
+    open_side(1);
+    UNTIL(side.ends[0].up);
+    for (uint8_t round = 1;; round++) {
+        side.memory[0] = side.memory[64 * MIB - 1] = round;
+        put(&side.ends[0], 0, 0, 64 * MIB, 1);
+        UNTIL(side.ends[0].completed == side.ends[0].taken);
+    }
+}
+
 static void stopped_initiator(void)
 {
     open_side(1);
@@ -931,6 +936,7 @@ static const struct test tests[] = {
     {"cycles", cycles_initiator, cycles_target, false},
     {"dropped", dropped_initiator, dropped_target, false},
     {"kill", kill_initiator, serve_forever, true},
+    {"orphan", orphan_initiator, orphan_target, true},
     {"stopped", stopped_initiator, serve_forever, true},
     {"speed", speed_initiator, speed_target, false},
 };
