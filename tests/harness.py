@@ -78,6 +78,7 @@ class Pending:
         while self.number not in self.node.replies:
             left = deadline - time.monotonic()
             if left <= 0:
+                self.node.signal(signal.SIGUSR1)  # prints where its threads are
                 raise TimeoutError(f"{self.node.name}: no answer within {timeout} s")
             self.node.pump(left)
         good, value = self.node.replies.pop(self.number)

@@ -7,6 +7,7 @@ main thread, or each on a thread of its own where the test asks for that.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import signal
@@ -116,6 +117,7 @@ class Server:
 
 def main() -> None:
     """Serve the test at the other end of the socketpair named on the command line."""
+    faulthandler.register(signal.SIGUSR1)  # for the harness, when a command takes too long
     server = Server(Connection(int(sys.argv[1])))
     server.serve()
     if server.state.has_engine:

@@ -13,7 +13,7 @@ import pytest
 
 import fabric
 from tests import commands
-from tests.harness import Farm, Node
+from tests.harness import Farm, Node, wait_until
 
 if TYPE_CHECKING:
     from tests.node import State
@@ -198,10 +198,22 @@ def test_one_transfer_awaited_by_many_threads(pair: Pair) -> None:
     a.call(wait_for_one_in_threads, b.region("dst", SIZE, 2))
 
 
+def wait_and_say_so(node: State, name: str) -> None:
+    """Wait for a counter in vain."""
+    node.things["waiting"] = True
+    node.things[name].wait(1, timeout=15.0)
+
+
+def is_waiting(node: State) -> bool:
+    """Return whether `wait_and_say_so` has begun."""
+    return "waiting" in node.things
+
+
 def test_keyboard_interrupt(pair: Pair) -> None:
     a, b = pair
     imm = b.counter("count")
-    waiting = b.start(commands.counter_wait, "count", 1, 15.0, None)
+    waiting = b.start(wait_and_say_so, "count")
+    wait_until(lambda: b.start(is_waiting, thread=True).result(), 10.0, "it does not wait")
     time.sleep(0.3)
     begin = time.monotonic()
     os.kill(b.pid, signal.SIGINT)

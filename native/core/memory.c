@@ -91,12 +91,17 @@ static int register_with_nics(struct fab_engine *e, struct fab_region *r)
                                 .device = r->device,
                                 .memfd = r->memfd,
                                 .dmabuf_fd = -1};
+    uint32_t taken = 0;
     for (uint32_t i = 0; i < e->nic_count; i++) {
         struct fab_nic *nic = e->nics[i];
         int rc = nic->provider->mr_reg(nic, &memory, &r->mrs[i], &r->keys[i]);
+        taken += !rc;
         if (!rc)
             continue;
         r->mrs[i] = NULL;
+        /* A NIC that has no path for this kind of memory is no hindrance to one that has. */
+        if (rc == -ENOTSUP && (taken || i + 1 < e->nic_count))
+            continue;
         unregister(e, r);
         return fab_error_why(rc == -EINVAL || rc == -EFAULT ? FAB_E_INVALID : FAB_E_SYSTEM, rc,
                              "%s cannot register %llu bytes at %p", nic->info.name,
@@ -335,7 +340,7 @@ void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
 
 static int check_grant(struct fab_peer *p, const struct fab_region *r, uint64_t secret)
 {
-    if (!r || r->closing || r->secret != secret)
+    if (!r || r->closing || r->secret != secret || !r->mrs[p->lanes[0]->nic->index])
         return FAB_E_INVALID;
     return r->restricted && memcmp(r->only, p->id, sizeof r->only) ? FAB_E_INVALID : 0;
 }

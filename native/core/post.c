@@ -67,6 +67,14 @@ static bool keys_reach(const struct fab_transfer *t)
     return true;
 }
 
+static bool registered(const struct fab_transfer *t)
+{
+    for (uint32_t i = 0; i < t->share_count; i++)
+        if (!t->region->mrs[t->peer->lanes[t->shares[i].lane]->nic->index])
+            return false;
+    return true;
+}
+
 /* 1: may be posted; 0: waits for a grant; negative: will never be. */
 static int make_ready(struct fab_transfer *t, const char **why)
 {
@@ -80,6 +88,10 @@ static int make_ready(struct fab_transfer *t, const char **why)
     plan(t);
     if (!t->length || !t->import)
         return 1;
+    if (!registered(t)) {
+        *why = "the source memory has no path over this provider; open the engine with another";
+        return FAB_E_FAILED;
+    }
     const struct fab_import *i = t->import;
     if (i->offset > i->grant->length || i->length > i->grant->length - i->offset) {
         *why = "the descriptor reaches beyond its region: it was tampered with";

@@ -363,15 +363,16 @@ int fab_queue_drain(fab_engine *e, int64_t queue, fab_event *out, uint32_t max)
     struct fab_queue *q = enter_queue(e, queue);
     if (!q)
         return fab_error_code();
-    uint64_t count;
-    ssize_t got = read(q->fd, &count, sizeof count);
-    (void)got; /* EAGAIN: nothing was signalled since the last drain */
     fab_lock(e);
     uint32_t n = 0;
     while (n < max && q->head != q->tail)
         out[n++] = q->events[q->head++ % FAB_MAX_WATCHES];
-    if (q->head == q->tail)
+    if (q->head == q->tail) { /* what is left keeps the eventfd readable */
+        uint64_t count;
+        ssize_t got = read(q->fd, &count, sizeof count);
+        (void)got; /* EAGAIN: nothing was signalled since the last drain */
         atomic_store_explicit(&q->armed, 1, memory_order_release);
+    }
     fab_unlock(e);
     leave_queue(e, q);
     return (int)n;

@@ -811,6 +811,7 @@ static void orphan_initiator(void)
     struct end *end = connect_lane(0);
     const uint8_t *at = side.memory;
     UNTIL(end->imms > 1 && at[0] != at[64 * MIB - 1]); /* begun, and far from its end */
+    usleep(100000); /* the socket is full: one sendmsg cannot finish the write */
     kill(target_pid, SIGKILL);
     UNTIL(end->down == 1);
     close_side();
