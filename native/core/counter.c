@@ -15,15 +15,15 @@
 
 int fab_counters_init(struct fab_engine *e)
 {
-    e->cells = calloc(FAB_MAX_COUNTERS + FAB_MAX_USER_IDS, sizeof *e->cells);
-    e->user_heads = calloc(USER_BUCKETS, sizeof *e->user_heads);
+    e->cells = fab_table_alloc(FAB_MAX_COUNTERS + FAB_MAX_USER_IDS, sizeof *e->cells);
+    e->user_heads = fab_table_alloc(USER_BUCKETS, sizeof *e->user_heads);
     return e->cells && e->user_heads ? 0 : -ENOMEM;
 }
 
 void fab_counters_fini(struct fab_engine *e)
 {
-    free(e->cells);
-    free(e->user_heads);
+    fab_table_free(e->cells, FAB_MAX_COUNTERS + FAB_MAX_USER_IDS, sizeof *e->cells);
+    fab_table_free(e->user_heads, USER_BUCKETS, sizeof *e->user_heads);
 }
 
 /* ---- cells of user ids ---- */

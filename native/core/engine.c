@@ -238,8 +238,8 @@ static int init_tables(struct fab_engine *e)
     rc |= fab_slots_init(&e->queues, sizeof(struct fab_queue), FAB_MAX_QUEUES);
     rc |= fab_slots_init(&e->watches, sizeof(struct fab_watch), FAB_MAX_WATCHES);
     rc |= fab_counters_init(e);
-    e->commands = calloc(FAB_COMMANDS, sizeof *e->commands);
-    e->barred = calloc(FAB_BARRED, sizeof *e->barred);
+    e->commands = fab_table_alloc(FAB_COMMANDS, sizeof *e->commands);
+    e->barred = fab_table_alloc(FAB_BARRED, sizeof *e->barred);
     e->newcomers = calloc(FAB_NEWCOMERS, sizeof *e->newcomers);
     e->message_watch = FAB_NO_WATCH;
     if (rc || !e->commands || !e->barred || !e->newcomers)
@@ -280,8 +280,8 @@ static void fini_tables(struct fab_engine *e)
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         fab_slots_fini(all[i]);
     fab_counters_fini(e);
-    free(e->commands);
-    free(e->barred);
+    fab_table_free(e->commands, FAB_COMMANDS, sizeof *e->commands);
+    fab_table_free(e->barred, FAB_BARRED, sizeof *e->barred);
     free(e->newcomers);
 }
 

@@ -2,15 +2,28 @@
 #include "slots.h"
 
 #include <errno.h>
-#include <stdlib.h>
+#include <sys/mman.h>
 
 #define LIVE_BIT ((uint64_t)1 << 31)
 #define REF_MASK (LIVE_BIT - 1)
 #define GENERATION_MASK 0x7fffffffu
 
+void *fab_table_alloc(size_t items, size_t item_size)
+{
+    void *table = mmap(NULL, items * item_size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return table == MAP_FAILED ? NULL : table;
+}
+
+void fab_table_free(void *table, size_t items, size_t item_size)
+{
+    if (table)
+        munmap(table, items * item_size);
+}
+
 int fab_slots_init(struct fab_slots *slots, size_t item_size, uint32_t capacity)
 {
-    slots->items = calloc(capacity, item_size); /* untouched pages cost nothing */
+    slots->items = fab_table_alloc(capacity, item_size);
     slots->item_size = item_size;
     slots->capacity = capacity;
     atomic_init(&slots->free_head, 0);
@@ -21,7 +34,7 @@ int fab_slots_init(struct fab_slots *slots, size_t item_size, uint32_t capacity)
 
 void fab_slots_fini(struct fab_slots *slots)
 {
-    free(slots->items);
+    fab_table_free(slots->items, slots->capacity, slots->item_size);
     slots->items = NULL;
 }
 

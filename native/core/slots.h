@@ -25,6 +25,11 @@ struct fab_slot {
     uint32_t index;
 };
 
+/* Zeroed memory for a table, whose pages cost nothing until they are touched. (calloc would hand out
+ * memory of an engine that was closed, and touch all of it.) NULL: there is none. */
+void *fab_table_alloc(size_t items, size_t item_size);
+void fab_table_free(void *table, size_t items, size_t item_size);
+
 struct fab_slots {
     uint8_t *items;
     size_t item_size;

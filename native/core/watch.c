@@ -57,7 +57,7 @@ static void put_queue(struct fab_engine *e, struct fab_queue *q)
     if (!fab_slot_put(q))
         return;
     close(q->fd);
-    free(q->events);
+    fab_table_free(q->events, FAB_MAX_WATCHES, sizeof *q->events);
     fab_slot_free(&e->queues, q);
 }
 
@@ -311,7 +311,7 @@ int64_t fab_queue_open(fab_engine *e)
         result = fab_error(FAB_E_FULL, "%d completion queues are open, the limit", FAB_MAX_QUEUES);
     } else {
         q->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-        q->events = calloc(FAB_MAX_WATCHES, sizeof *q->events);
+        q->events = fab_table_alloc(FAB_MAX_WATCHES, sizeof *q->events);
         q->head = q->tail = q->watching = 0;
         atomic_store(&q->closed, false);
         atomic_store(&q->armed, 1);
