@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,12 +50,29 @@ static struct {
     const char *(*get_device_name)(struct ibv_device *device);
 } libibverbs;
 
+/* dlopen, after which signals do what they did before. libfabric links libraries (libpsm2,
+ * libinfinipath) whose constructors take SIGINT, SIGTERM, SIGSEGV and others to print a backtrace
+ * and leave: an application that embeds us would lose its Ctrl-C. */
+static void *open_quietly(const char *file)
+{
+    struct sigaction before[NSIG];
+    bool known[NSIG] = {false};
+
+    for (int i = 1; i < NSIG; i++)
+        known[i] = !sigaction(i, NULL, &before[i]);
+    void *handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+    for (int i = 1; i < NSIG; i++)
+        if (known[i])
+            (void)sigaction(i, &before[i], NULL);
+    return handle;
+}
+
 static bool library_open(struct library *lib)
 {
     const char *chosen = getenv(lib->env);
     const char *file = chosen && *chosen ? chosen : lib->file;
 
-    lib->handle = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+    lib->handle = open_quietly(file);
     if (lib->handle)
         return true;
     (void)snprintf(lib->why, sizeof(lib->why),

@@ -172,10 +172,10 @@ struct fab_provider {
 extern const struct fab_provider fab_provider_local;
 extern const struct fab_provider fab_provider_tcp;
 extern const struct fab_provider fab_provider_efa;
+extern const struct fab_provider fab_provider_verbs;
 
-/* By name or kind; NULL: unknown. providers.c holds the table. */
+/* By name; NULL: unknown. providers.c holds the table. */
 const struct fab_provider *fab_provider_named(const char *name);
-const struct fab_provider *fab_provider_of_kind(int kind);
 
 /* core/log.c: a reason in words for the negative errno that the caller is about to return. */
 #if defined(__GNUC__)

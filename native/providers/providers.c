@@ -7,6 +7,7 @@ static const struct fab_provider *const providers[] = {
     &fab_provider_local,
     &fab_provider_tcp,
     &fab_provider_efa,
+    &fab_provider_verbs,
 };
 
 enum { PROVIDERS = sizeof(providers) / sizeof(providers[0]) };
@@ -15,14 +16,6 @@ const struct fab_provider *fab_provider_named(const char *name)
 {
     for (int i = 0; i < PROVIDERS; i++)
         if (strcmp(providers[i]->name, name) == 0)
-            return providers[i];
-    return NULL;
-}
-
-const struct fab_provider *fab_provider_of_kind(int kind)
-{
-    for (int i = 0; i < PROVIDERS; i++)
-        if (providers[i]->kind == kind)
             return providers[i];
     return NULL;
 }
