@@ -156,8 +156,8 @@ static int open_provider(struct fab_engine *e, const char *name, const fab_engin
 {
     const struct fab_provider *provider = fab_provider_named(name);
     if (!provider)
-        return fab_error(FAB_E_INVALID, "unknown provider \"%s\"; there are local, tcp, efa, verbs, auto",
-                         name);
+        return fab_error(FAB_E_INVALID,
+                         "unknown provider \"%s\"; there are local, tcp, efa, verbs, auto", name);
     if (provider->kind == FAB_KIND_LOCAL || !c->nic_count)
         return open_nic(e, provider, NULL);
     int rc = 0;
