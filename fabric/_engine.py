@@ -64,6 +64,8 @@ def _close_all() -> None:
 
 atexit.register(_close_all)
 
+_PAGE_FIELDS = ("page_bytes", "src_stride", "dst_stride", "src_offset", "dst_offset")
+
 
 class TransferEngine:
     """NICs, one worker thread in C, and the memory and peers they serve.
@@ -430,6 +432,9 @@ class TransferEngine:
             QueueFull: no room within `timeout`.
             EngineClosed: the engine is closed.
         """
+        src_stride = page_bytes if src_stride is None else src_stride
+        dst_stride = page_bytes if dst_stride is None else dst_stride
+        where = (page_bytes, src_stride, dst_stride, src_offset, dst_offset)
         try:
             if mr._core is not self._core:
                 self._check_region(mr)
@@ -439,32 +444,11 @@ class TransferEngine:
                 raise InvalidArgument(f"src_pages has {count} pages, dst_pages {other}")
             if after is not None:
                 _wait_for(after, timeout)
-            args = (
-                mr._handle,
-                d._handle_in(self._core),
-                src,
-                dst,
-                count,
-                page_bytes,
-                page_bytes if src_stride is None else src_stride,
-                page_bytes if dst_stride is None else dst_stride,
-                src_offset,
-                dst_offset,
-                immediate(imm),
-                deadline_ns(deadline),
-            )
+            ends = (mr._handle, d._handle_in(self._core), src, dst, count)
+            args = (*ends, *where, immediate(imm), deadline_ns(deadline))
             return self._submit(lib.fab_write_pages, args, timeout)
         except (TypeError, OverflowError, AttributeError) as error:
-            self._explain(
-                error,
-                mr,
-                d,
-                page_bytes=page_bytes,
-                src_stride=page_bytes if src_stride is None else src_stride,
-                dst_stride=page_bytes if dst_stride is None else dst_stride,
-                src_offset=src_offset,
-                dst_offset=dst_offset,
-            )
+            self._explain(error, mr, d, **dict(zip(_PAGE_FIELDS, where, strict=True)))
 
     def scatter(
         self,

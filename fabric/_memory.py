@@ -209,13 +209,19 @@ def new_region(core: Core, handle: int) -> MemoryRegion:
     return region
 
 
+class _Byte(ctypes.Union):
+    """A byte whose arrays have the format ``B``; that of c_ubyte is ``<B``, which nothing reads."""
+
+    _fields_ = (("value", ctypes.c_ubyte),)
+
+
 def _host_class(nbytes: int) -> Any:
     """Return a MemoryRegion whose instances are buffers.
 
     Python code can make buffers from version 3.12 on only, but a ctypes array is one, with the
     array as the owner of each view. Its length is part of its type.
     """
-    parts: tuple[type, ...] = (MemoryRegion, ctypes.c_ubyte * nbytes)
+    parts: tuple[type, ...] = (MemoryRegion, _Byte * nbytes)
     return type("MemoryRegion", parts, {"__module__": __name__, "__doc__": MemoryRegion.__doc__})
 
 

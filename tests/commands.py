@@ -111,8 +111,8 @@ def foreign(kind: str, nbytes: int) -> tuple[Any, Any]:
         return tensor, tensor.numpy()
     if kind == "pointer":
         mapping = mmap.mmap(-1, nbytes)
-        view = np.frombuffer(mapping, np.uint8)
-        return (view.ctypes.data, nbytes), view
+        mapped = np.frombuffer(mapping, np.uint8)
+        return (mapped.ctypes.data, nbytes), mapped
     raise ValueError(f"no such kind of memory: {kind}")
 
 

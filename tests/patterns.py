@@ -17,13 +17,13 @@ Copy: TypeAlias = tuple[int, int, int, int]
 
 def pattern(seed: int, nbytes: int) -> Bytes:
     """Return `nbytes` pseudo-random bytes; a shorter pattern is a prefix of a longer one."""
-    words = np.random.PCG64(seed).random_raw((nbytes + 7) // 8 or 1)
+    words: NDArray[np.uint64] = np.random.PCG64(seed).random_raw((nbytes + 7) // 8 or 1)
     return words.view(np.uint8)[:nbytes]
 
 
 def image(seed: int, nbytes: int, copies: Iterable[Copy]) -> Bytes:
     """Return pattern `seed` after `copies` were made into it, in order."""
-    result = pattern(seed, nbytes).copy()
+    result: Bytes = pattern(seed, nbytes).copy()
     sources: dict[int, Bytes] = {}
     rows = list(copies)
     ends: dict[int, int] = {}

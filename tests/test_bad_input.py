@@ -283,7 +283,8 @@ WIRE = {
         lambda c: fabric.Descriptor.from_bytes(bytes(c.address)), fabric.WireError
     ),
     "descriptor from a text": Row(
-        lambda c: fabric.Descriptor.from_bytes("text"), (*Mistyped, fabric.WireError)
+        lambda c: fabric.Descriptor.from_bytes("text"),  # type: ignore[arg-type]
+        (*Mistyped, fabric.WireError),
     ),
     "empty address": Row(lambda c: fabric.Address.from_bytes(b""), fabric.WireError),
     "address that is a descriptor": Row(

@@ -64,7 +64,8 @@ def test_regions(farm: Farm) -> None:
 def take_all_transfers(node: State, descriptor: bytes, imm: int) -> int:
     """Submit until there is no more room; keeps the transfers, returns how many there are."""
     remote = fabric.Descriptor.from_bytes(descriptor)
-    node.things["all"] = transfers = []
+    transfers: list[fabric.Transfer] = []
+    node.things["all"] = transfers
     try:
         while len(transfers) <= TRANSFERS:
             transfers.append(

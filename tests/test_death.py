@@ -127,8 +127,18 @@ def same_descriptors(farm: Farm, node: Node, before: list[str]) -> None:
 
 
 @pytest.mark.parametrize("child", CHILDREN)
-@pytest.mark.parametrize("kind", ["alloc", "numpy"])
-def test_the_sender_is_killed(farm: Farm, provider: str, child: str, kind: str) -> None:
+def test_the_sender_is_killed(farm: Farm, child: str) -> None:
+    kill_the_sender(farm, child, "alloc")
+
+
+@pytest.mark.only("local")
+@pytest.mark.parametrize("child", CHILDREN)
+def test_the_sender_is_killed_while_it_is_pulled_from(farm: Farm, child: str) -> None:
+    kill_the_sender(farm, child, "numpy")
+
+
+def kill_the_sender(farm: Farm, child: str, kind: str) -> None:
+    """Kill the sender in the middle of a transfer to memory of this kind."""
     b, c = farm("b", peer_timeout=TIMEOUT), farm("c", peer_timeout=TIMEOUT)
     exchange(b, c)
     before = b.call(commands.descriptors_open)
@@ -145,7 +155,7 @@ def test_the_sender_is_killed(farm: Farm, provider: str, child: str, kind: str) 
     struck = b.call(strike_when_partial, "dst", a.pid, signal.SIGKILL)
     failed, failure = waiting.result()
     assert failure.name == "PeerUnreachable", failure.traceback
-    assert failed - struck < limit(provider)
+    assert failed - struck < limit(farm.provider)
     b.call(commands.disconnect, a.address)
     value = b.value("count")
     assert 0 < b.call(landed, "dst") < SLOTS * PAGE
@@ -158,8 +168,18 @@ def test_the_sender_is_killed(farm: Farm, provider: str, child: str, kind: str) 
 
 
 @pytest.mark.parametrize("child", CHILDREN)
-@pytest.mark.parametrize("kind", ["alloc", "numpy"])
-def test_the_receiver_is_killed(farm: Farm, provider: str, child: str, kind: str) -> None:
+def test_the_receiver_is_killed(farm: Farm, child: str) -> None:
+    kill_the_receiver(farm, child, "alloc")
+
+
+@pytest.mark.only("local")
+@pytest.mark.parametrize("child", CHILDREN)
+def test_the_receiver_is_killed_while_it_pulls(farm: Farm, child: str) -> None:
+    kill_the_receiver(farm, child, "numpy")
+
+
+def kill_the_receiver(farm: Farm, child: str, kind: str) -> None:
+    """Kill the receiver in the middle of a transfer to memory of this kind."""
     a, c = farm("a", peer_timeout=TIMEOUT), farm("c", peer_timeout=TIMEOUT)
     exchange(a, c)
     before = a.call(commands.descriptors_open)
@@ -176,13 +196,39 @@ def test_the_receiver_is_killed(farm: Farm, provider: str, child: str, kind: str
     failed, failure = writing.result()
     assert failure is not None, "the transfer had ended before the receiver was killed"
     assert failure.name == "PeerUnreachable", failure.traceback
-    assert failed - struck < limit(provider)
+    assert failed - struck < limit(farm.provider)
     assert 0 < failure.attributes["acknowledged"] < PAGES
     exchange(a, c)
     a.call(commands.disconnect, b.address)
     a.call(commands.deregister, "src")
     exchange(a, c)
     same_descriptors(farm, a, before)
+
+
+def wait_in_bits(node: State, name: str, address: bytes) -> float:
+    """Wait a little, do something else, wait again; returns when the peer was found to be gone."""
+    peers = [commands.peer(address)]
+    deadline = time.monotonic() + 4 * TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            node.things[name].wait(1 << 20, timeout=0.05, peers=peers)
+        except fabric.PeerUnreachable:
+            return time.monotonic()
+        except fabric.WaitTimeout:
+            time.sleep(0.03)
+    raise AssertionError("nobody noticed")
+
+
+def test_short_waits_see_that_a_peer_is_gone(farm: Farm) -> None:
+    """Silence counts from wait to wait: a program that polls learns of a death as well."""
+    a, b = farm("a", peer_timeout=TIMEOUT), farm("b", peer_timeout=TIMEOUT)
+    imm = b.counter("count")
+    a.call(commands.write_imm, b.address, imm)
+    waiting = b.start(wait_in_bits, "count", a.address, thread=True)
+    time.sleep(0.5)
+    struck = time.monotonic()
+    a.kill()
+    assert waiting.result() - struck < limit(farm.provider)
 
 
 def test_a_transfer_to_one_that_is_gone(farm: Farm) -> None:
@@ -255,7 +301,7 @@ def test_the_sender_hangs(farm: Farm, provider: str) -> None:
         # It was stopped inside a write: the memory is in quarantine until it goes on.
         assert provider == "local"
         with pytest.raises(fabric.FencePending):
-            b.call(commands.deregister, "dst")
+            b.call(commands.deregister, "dst", 0.5)
         a.thaw()
         wait_until(lambda: b.call(fenced, a.address), 5.0, "the fence stays pending")
     before, value = b.call(landed, "dst"), b.value("count")
@@ -278,8 +324,17 @@ def fenced(node: State, address: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["alloc", "numpy"])
-def test_the_receiver_hangs(farm: Farm, kind: str) -> None:
+def test_the_receiver_hangs(farm: Farm) -> None:
+    stop_the_receiver(farm, "alloc")
+
+
+@pytest.mark.only("local")
+def test_the_receiver_hangs_while_it_pulls(farm: Farm) -> None:
+    stop_the_receiver(farm, "numpy")
+
+
+def stop_the_receiver(farm: Farm, kind: str) -> None:
+    """Stop the receiver in the middle of a transfer to memory of this kind."""
     a, b, c = (farm(name, peer_timeout=TIMEOUT) for name in "abc")
     exchange(a, c)
     a.region("src", PAGE, 3)

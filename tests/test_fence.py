@@ -10,6 +10,7 @@ import pytest
 
 import fabric
 from tests import commands
+from tests.patterns import difference
 
 if TYPE_CHECKING:
     from tests.harness import Farm
@@ -192,7 +193,7 @@ def deregister_and_watch(node: State, name: str) -> str:
     deadline = time.monotonic() + 0.5
     before = view.copy()
     while time.monotonic() < deadline:
-        if text := commands.difference(view, before):
+        if text := difference(view, before):
             return text
     return ""
 

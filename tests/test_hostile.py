@@ -13,6 +13,7 @@ import pytest
 
 import fabric
 from tests import commands
+from tests.patterns import pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,7 @@ def scribble(node: State, seed: int) -> list[str]:
     while time.monotonic() < deadline:
         rounds += 1
         for start, end, name in mappings:
-            noise = commands.pattern(seed + rounds, min(end - start, 1 << 20)).tobytes()
+            noise = pattern(seed + rounds, min(end - start, 1 << 20)).tobytes()
             ctypes.memmove(start, noise, len(noise))
             names.append(name)
     return sorted(set(names))
@@ -141,6 +142,7 @@ def disconnect_somehow(node: State, address: bytes) -> None:
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         with contextlib.suppress(fabric.FencePending):
-            return node.engine.disconnect(commands.peer(address))
+            node.engine.disconnect(commands.peer(address))
+            return
         time.sleep(0.05)
-    return node.engine.disconnect(commands.peer(address))
+    node.engine.disconnect(commands.peer(address))

@@ -16,19 +16,18 @@ SECONDS = 5.0
 SHARE = 0.01  # of one core
 
 
-@pytest.mark.parametrize("state", ["alone", "connected", "waiting"])
-def test_idle_engines_sleep(farm: Farm, state: str) -> None:
-    nodes = [farm("a"), farm("b")]
-    a, b = nodes
+@pytest.mark.parametrize("waiting", [False, True])
+def test_idle_engines_sleep(farm: Farm, waiting: bool) -> None:
+    """One engine that nobody knows, and two that are connected: idle, or one waiting."""
+    nodes = [farm(name) for name in "abc"]
+    a, b, _ = nodes
     imm = b.counter("count")
-    if state != "alone":
-        for one, other in ((a, b), (b, a)):
-            one.region("src", 1 << 20, 1)
-            one.write("src", other.region("dst", 1 << 20, 2))
-        a.call(commands.write_imm, b.address, imm)
-    if state == "waiting":
-        peers = [a.address]
-        waiting = b.start(commands.counter_wait, "count", 2, 60.0, peers, thread=True)
+    for one, other in ((a, b), (b, a)):
+        one.region("src", 1 << 20, 1)
+        one.write("src", other.region("dst", 1 << 20, 2))
+    a.call(commands.write_imm, b.address, imm)
+    if waiting:
+        pending = b.start(commands.counter_wait, "count", 2, 60.0, [a.address], thread=True)
     time.sleep(0.5)
     before = [node.call(commands.cpu_seconds) for node in nodes]
     begin = time.monotonic()
@@ -37,6 +36,6 @@ def test_idle_engines_sleep(farm: Farm, state: str) -> None:
     after = [node.call(commands.cpu_seconds) for node in nodes]
     shares = [(end - start) / elapsed for start, end in zip(before, after, strict=True)]
     assert max(shares) < SHARE, f"shares of a core: {shares}"
-    if state == "waiting":
+    if waiting:
         a.call(commands.write_imm, b.address, imm)
-        waiting.result(5.0)
+        pending.result(5.0)

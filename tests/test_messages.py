@@ -12,6 +12,7 @@ import pytest
 import fabric
 from tests import commands
 from tests.harness import Farm, Node
+from tests.patterns import pattern
 
 if TYPE_CHECKING:
     from tests.node import State
@@ -28,7 +29,7 @@ def payload(seed: int, number: int, longest: int = LONGEST) -> bytes:
     length = min(
         longest, rng.choice([0, 1, 8, 300, rng.randrange(5000), rng.randrange(longest + 1)])
     )
-    return commands.pattern(seed + number, length).tobytes()
+    return pattern(seed + number, length).tobytes()
 
 
 def send(node: State, address: bytes, message: bytes) -> None:
@@ -64,7 +65,7 @@ def receive_many(node: State, seeds: dict[bytes, int], count: int) -> dict[bytes
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(pair: Pair, size: int) -> None:
     a, b = pair
-    message = commands.pattern(size, size).tobytes()
+    message = pattern(size, size).tobytes()
     a.call(send, b.address, message)
     assert b.call(receive) == (a.id, message)
 

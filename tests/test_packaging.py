@@ -41,6 +41,16 @@ print("torch" in sys.modules, "libfabric" in maps, "libibverbs" in maps)"""
     assert python(code) == "False False False"
 
 
+def test_loading_the_rdma_libraries_leaves_signals_alone() -> None:
+    """Some of what libfabric links takes SIGINT and others for itself."""
+    code = """
+from fabric import _cli
+caught = lambda: [line for line in open("/proc/self/status") if line.startswith("SigCgt")]
+before = caught()
+print([_cli._library(name)["name"] for name in _cli.LIBRARIES], caught() == before)"""
+    assert python(code) == "['libfabric', 'libibverbs'] True"
+
+
 def test_the_version_is_one() -> None:
     assert metadata.version("llm-fabric") == fabric.__version__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import threading
 from typing import TYPE_CHECKING
@@ -12,8 +13,11 @@ import pytest
 
 import fabric
 from tests import commands
+from tests.patterns import Bytes, difference, pattern
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.harness import Farm
     from tests.node import State
 
@@ -59,16 +63,16 @@ def write_from_threads(node: State, descriptor: bytes, ids: list[int], writes: l
         for transfer in under_way:
             transfer.wait(timeout=30.0)
 
-    in_threads([lambda part=writes[i::THREADS]: share(part) for i in range(THREADS)])  # type: ignore[misc]
+    in_threads([functools.partial(share, writes[i::THREADS]) for i in range(THREADS)])
 
 
-def in_threads(works: list[object]) -> None:
+def in_threads(works: list[Callable[[], None]]) -> None:
     """Run functions at the same time; the first exception of any is raised."""
     errors: list[BaseException] = []
 
-    def guard(work: object) -> None:
+    def guard(work: Callable[[], None]) -> None:
         try:
-            work()  # type: ignore[operator]
+            work()
         except BaseException as error:
             errors.append(error)
 
@@ -110,10 +114,10 @@ def await_all(node: State, targets: list[int]) -> None:
     asyncio.run(everything())
 
 
-def expected(writes: list[Write], size: int) -> tuple[commands.Bytes, list[int]]:
+def expected(writes: list[Write], size: int) -> tuple[Bytes, list[int]]:
     """Return the destination after the writes, and the count of each id."""
-    source = commands.pattern(NEW, 2 << 20)
-    result = commands.pattern(OLD, size).copy()
+    source = pattern(NEW, 2 << 20)
+    result = pattern(OLD, size).copy()
     counts = [0] * IDS
     for src, dst, length, which in writes:
         result[dst : dst + length] = source[src : src + length]
@@ -123,7 +127,7 @@ def expected(writes: list[Write], size: int) -> tuple[commands.Bytes, list[int]]
 
 def wrong(node: State, writes: list[Write], size: int) -> str:
     """Compare the destination with what the writes must have made of it."""
-    return commands.difference(commands.see(node, "dst")[:size], expected(writes, size)[0])
+    return difference(commands.see(node, "dst")[:size], expected(writes, size)[0])
 
 
 @pytest.mark.parametrize("kind", ["alloc", "numpy"])
