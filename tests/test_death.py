@@ -342,19 +342,35 @@ def stop_the_receiver(farm: Farm, kind: str) -> None:
     imm = b.counter("count")
     a.write("src", descriptor, imm=imm)
     b.wait("count", 1)
-    writing = a.start(write_for_long, descriptor, imm, thread=True)
+    a.call(commands.begin_long, "t", "src", descriptor, imm, PAGES)
     b.wait("count", 20)
     b.freeze()
-    struck = time.monotonic()
-    failed, failure = writing.result()
-    assert failure is not None, "the transfer had ended before the receiver was stopped"
-    assert failure.name == "PeerUnreachable", failure.traceback
-    assert failed - struck < 2 * TIMEOUT + SLACK
+    end = a.call(end_within, "t", 2 * TIMEOUT + SLACK)
     exchange(a, c)
+    if end == "draining":
+        # It was stopped inside a copy out of our memory, which stays pinned until it goes on.
+        assert kind == "numpy"
+        assert farm.provider == "local"
+        with pytest.raises((fabric.WaitTimeout, fabric.FencePending)):
+            a.call(commands.deregister, "src", 0.5)
+        b.thaw()
+        end = a.call(end_within, "t", 5.0)
+    assert end == "PeerUnreachable"
     a.call(commands.deregister, "src")
     b.thaw()
     with pytest.raises((fabric.PeerUnreachable, fabric.CounterVoid)):
         b.wait("count", PAGES + 1, 5.0, [a.address])
+
+
+def end_within(node: State, name: str, seconds: float) -> str:
+    """Wait for the end of a transfer; returns its exception's name, or how far it got."""
+    try:
+        node.things[name].wait(timeout=seconds)
+    except fabric.WaitTimeout as error:
+        return error.phase
+    except fabric.FabricError as error:
+        return type(error).__name__
+    return "done"
 
 
 def test_a_receiver_that_hung_for_a_moment(farm: Farm) -> None:

@@ -462,7 +462,10 @@ static int wait_text(struct fab_engine *e, const struct counter_wait *w, int cod
         return fab_error(code, "the counter is void");
     case FAB_E_UNREACHABLE:
     case FAB_E_FENCE_PENDING:
-        return fab_peer_set_error(&w->peers);
+        fab_lock(e);
+        code = fab_peer_set_error(e, &w->peers);
+        fab_unlock(e);
+        return code;
     case FAB_E_CLOSED:
         return fab_error(code, "the counter or its engine was closed during the wait");
     default:
@@ -481,6 +484,8 @@ static int wait_open(struct fab_engine *e, struct counter_wait *w, const int64_t
         code = fab_wait(e, counter_ready, w, timeout);
     }
     mark_missing(e, w, missing);
+    if (code == FAB_E_TIMEOUT && timeout)
+        fab_peer_set_timed_out(&w->peers);
     if (code == 1)
         code = 0;
     else

@@ -458,12 +458,18 @@ int fab_list_nics(const char *provider, fab_nic_info *out, uint32_t max)
 
 /* ---- disconnect ---- */
 
+struct leaving {
+    struct fab_peer *peer;
+    uint32_t losses; /* before: a new session may begin before we look */
+};
+
 static int session_is_over(struct fab_engine *e, void *arg)
 {
     (void)e;
-    const struct fab_peer *p = arg;
-    uint32_t state = atomic_load_explicit(&p->state, memory_order_acquire);
-    return state == FAB_P_IDLE || state == FAB_P_DEAD;
+    const struct leaving *l = arg;
+    uint32_t state = atomic_load_explicit(&l->peer->state, memory_order_acquire);
+    return state == FAB_P_IDLE || state == FAB_P_DEAD ||
+           atomic_load_explicit(&l->peer->losses, memory_order_acquire) != l->losses;
 }
 
 int fab_disconnect(fab_engine *e, int64_t peer, int64_t timeout)
@@ -475,10 +481,12 @@ int fab_disconnect(fab_engine *e, int64_t peer, int64_t timeout)
     if (p) {
         fab_lock(e);
         e->now = fab_now();
+        struct leaving leaving = {p, atomic_load(&p->losses)};
         fab_bar(e, p);
         fab_session_end(p, FAB_E_UNREACHABLE, "disconnected", true);
         fab_unlock(e);
-        rc = fab_wait(e, session_is_over, p, timeout < 0 ? e->config.peer_timeout_ns : timeout);
+        rc = fab_wait(e, session_is_over, &leaving,
+                      timeout < 0 ? e->config.peer_timeout_ns : timeout);
         if (rc == 1)
             rc = p->no_fence ? fab_error(FAB_E_FENCE_UNSUPPORTED,
                                          "provider %s cannot fence %s alone: writes it began may "

@@ -86,7 +86,8 @@ struct fab_region {
     uint32_t aliases;
     uint8_t only[FAB_ENGINE_ID_BYTES]; /* alias: the one engine it is granted to */
     bool restricted;
-    _Atomic bool closing;
+    _Atomic bool closing; /* nothing of ours begins any more */
+    bool quiescing;       /* and nobody is granted it */
     _Atomic uint32_t busy; /* transfers that read from it */
     struct fab_mr *mrs[FAB_MAX_NICS];
     fab_key keys[FAB_MAX_NICS];
@@ -195,6 +196,8 @@ struct fab_peer {
     _Atomic uint32_t state;  /* FAB_P_* */
     _Atomic uint32_t losses; /* sessions that were lost: waits compare */
     _Atomic uint32_t waiters;
+    _Atomic int64_t last_waited; /* when a wait that depended on it timed out */
+    bool had_session;
     int code;
     char text[FAB_TEXT_MAX];
     _Atomic bool fence_stuck; /* FENCING, and not at once */

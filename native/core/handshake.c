@@ -219,6 +219,7 @@ void fab_handshake_up(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
     p->welcomed = false;
+    p->had_session = true;
     p->last_heard = e->now;
     fab_messages_begin_session(p);
     atomic_store_explicit(&p->state, FAB_P_UP, memory_order_release);
@@ -418,7 +419,7 @@ static void admit(struct fab_nic *nic, struct fab_origin *origin, const struct f
     begin(p, false);
     memcpy(p->cookie, h->cookie, sizeof p->cookie);
     p->theirs = h->session;
-    p->welcomed = true;
+    p->welcomed = p->had_session = true;
     p->due_welcome = true;
     p->next_hello = e->now + FAB_HELLO_EVERY_NS;
 }

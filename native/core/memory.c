@@ -340,7 +340,7 @@ void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
 
 static int check_grant(struct fab_peer *p, const struct fab_region *r, uint64_t secret)
 {
-    if (!r || r->closing || r->secret != secret || !r->mrs[p->lanes[0]->nic->index])
+    if (!r || r->quiescing || r->secret != secret || !r->mrs[p->lanes[0]->nic->index])
         return FAB_E_INVALID;
     return r->restricted && memcmp(r->only, p->id, sizeof r->only) ? FAB_E_INVALID : 0;
 }
@@ -472,6 +472,7 @@ static int region_quiet(struct fab_engine *e, void *arg)
 
 static void ask_holders(struct fab_engine *e, struct fab_region *r)
 {
+    r->quiescing = true;
     memcpy(r->ask, r->holders, sizeof r->ask);
     memcpy(r->quiet, r->holders, sizeof r->quiet);
     for (uint32_t i = 0; i < FAB_MAX_PEERS; i++) {
@@ -552,10 +553,12 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
                                        "the region; it stays registered: do not free or reuse it, "
                                        "and try again")
                            : 0;
-    if (rc)
+    if (rc) {
+        r->quiescing = false;
         atomic_store(&r->closing, false);
-    else
+    } else {
         remove_region(e, r);
+    }
     fab_unlock(e);
     return rc;
 }

@@ -20,13 +20,19 @@ struct fab_peer *fab_peer_find(struct fab_engine *e, const uint8_t *id)
     return NULL;
 }
 
+bool fab_peer_waited_for(const struct fab_peer *p)
+{
+    int64_t last = atomic_load_explicit(&p->last_waited, memory_order_relaxed);
+    return atomic_load_explicit(&p->waiters, memory_order_seq_cst) ||
+           (last && p->engine->now - last < FAB_WAIT_GRACE_NS);
+}
+
 bool fab_peer_has_business(const struct fab_peer *p)
 {
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
            p->inflight.head || p->sending.head || p->sent.head || p->grants_open || p->void_count ||
-           p->due_quiesce || p->quiesce_open || p->ending ||
-           atomic_load_explicit(&p->waiters, memory_order_relaxed);
+           p->due_quiesce || p->quiesce_open || p->ending || fab_peer_waited_for(p);
 }
 
 /* A peer that nothing refers to and that has no session makes room for a new one. */
@@ -36,12 +42,10 @@ static bool evict_one(struct fab_engine *e)
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_peer *peer = fab_slot_at(&e->peers, i);
         uint32_t state = atomic_load_explicit(&peer->state, memory_order_relaxed);
-        uint32_t refs = (uint32_t)atomic_load_explicit(&peer->slot.word, memory_order_relaxed);
-        if (!fab_slot_live(peer) || (state != FAB_P_IDLE && state != FAB_P_DEAD) ||
-            (refs & 0x7fffffffu) != 1 || peer->in_busy)
+        if (!fab_slot_live(peer) || (state != FAB_P_IDLE && state != FAB_P_DEAD) || peer->in_busy ||
+            !fab_slot_kill_unused(peer))
             continue;
         fab_counters_forget_peer(e, peer);
-        fab_slot_kill(peer);
         fab_peer_put(e, peer);
         return true;
     }
@@ -252,7 +256,7 @@ int fab_peer_set_open(struct fab_engine *e, struct fab_peer_set *set, const int6
         set->all[i].losses = atomic_load_explicit(&peer->losses, memory_order_acquire);
         set->all[i].peer = peer;
         set->count++;
-        atomic_fetch_add_explicit(&peer->waiters, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&peer->waiters, 1, memory_order_seq_cst);
     }
     if (count)
         fab_kick(e); /* the worker must tick while there is business */
@@ -278,8 +282,21 @@ int fab_peer_set_lost(const struct fab_peer_set *set)
     return 0;
 }
 
-int fab_peer_set_error(const struct fab_peer_set *set)
+/* Who is told that a peer is gone may free what it could write to: it stays out (S6). */
+static void bar_the_lost(struct fab_engine *e, const struct fab_peer_set *set)
 {
+    for (uint32_t i = 0; i < set->count; i++) {
+        struct fab_peer *p = set->all[i].peer;
+        if (!p->had_session || fab_peer_lost(&set->all[i]) != FAB_E_UNREACHABLE)
+            continue;
+        fab_bar(e, p);
+        fab_session_end(p, FAB_E_UNREACHABLE, "a wait had been told that it was gone", true);
+    }
+}
+
+int fab_peer_set_error(struct fab_engine *e, const struct fab_peer_set *set)
+{
+    bar_the_lost(e, set);
     for (uint32_t i = 0; i < set->count; i++) {
         struct fab_peer *p = set->all[i].peer;
         int code = fab_peer_lost(&set->all[i]);
@@ -292,10 +309,16 @@ int fab_peer_set_error(const struct fab_peer_set *set)
     return FAB_E_UNREACHABLE;
 }
 
+void fab_peer_set_timed_out(const struct fab_peer_set *set)
+{
+    for (uint32_t i = 0; i < set->count; i++)
+        atomic_store_explicit(&set->all[i].peer->last_waited, fab_now(), memory_order_relaxed);
+}
+
 void fab_peer_set_close(struct fab_engine *e, struct fab_peer_set *set)
 {
     for (uint32_t i = 0; i < set->count; i++) {
-        atomic_fetch_sub_explicit(&set->all[i].peer->waiters, 1, memory_order_relaxed);
+        atomic_fetch_sub_explicit(&set->all[i].peer->waiters, 1, memory_order_seq_cst);
         fab_peer_put(e, set->all[i].peer);
     }
     if (set->all && set->all != set->few)

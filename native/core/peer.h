@@ -10,6 +10,7 @@
 #include "engine.h"
 
 #define FAB_PEER_SET_INLINE 16
+#define FAB_WAIT_GRACE_NS NS_PER_S
 
 /* The peers that a wait depends on. */
 struct fab_peer_set {
@@ -30,6 +31,8 @@ void fab_peer_put(struct fab_engine *e, struct fab_peer *peer);
 bool fab_peer_any_overflowed(struct fab_engine *e);
 /* Puts the peer on the list of those that fab_turn() serves. */
 void fab_peer_busy(struct fab_peer *peer);
+/* A wait depends on it, or did a moment ago. */
+bool fab_peer_waited_for(const struct fab_peer *peer);
 bool fab_peer_has_business(const struct fab_peer *peer);
 
 bool fab_barred(const struct fab_engine *e, const uint8_t *id);
@@ -42,8 +45,12 @@ int fab_peer_set_open(struct fab_engine *e, struct fab_peer_set *set, const int6
 /* 0: all are there; FAB_E_UNREACHABLE: one is gone and fenced; FAB_E_FENCE_PENDING: one is gone
  * and may still be inside a write. */
 int fab_peer_set_lost(const struct fab_peer_set *set);
-int fab_peer_set_error(const struct fab_peer_set *set);
+/* With the lock: sets the error for what fab_peer_set_lost() returned, and bars who is lost. */
+int fab_peer_set_error(struct fab_engine *e, const struct fab_peer_set *set);
 int fab_peer_lost(const struct fab_watched_peer *watched);
+/* The wait timed out and is likely to be gone on with: its peers stay business for a while, so that
+ * waiting in slices is as good as waiting in one go. */
+void fab_peer_set_timed_out(const struct fab_peer_set *set);
 void fab_peer_set_close(struct fab_engine *e, struct fab_peer_set *set);
 
 #endif

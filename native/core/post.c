@@ -373,6 +373,22 @@ void fab_transfers_fail_peer(struct fab_peer *p, int code, const char *text)
     fail_list(&p->sent, code, text);
 }
 
+static void settle_list(struct fab_list *list)
+{
+    for (struct fab_transfer *t = list->head, *next; t; t = next) {
+        next = t->next;
+        fab_transfer_settle(t);
+    }
+}
+
+void fab_transfers_settle_peer(struct fab_peer *p)
+{
+    settle_list(&p->queue);
+    settle_list(&p->inflight);
+    settle_list(&p->sending);
+    settle_list(&p->sent);
+}
+
 static void expire(struct fab_list *list, int64_t now)
 {
     for (struct fab_transfer *t = list->head, *next; t; t = next) {

@@ -19,6 +19,8 @@ int fab_post_peer(struct fab_peer *peer);
 void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status);
 /* The session is over: every transfer to the peer drains. */
 void fab_transfers_fail_peer(struct fab_peer *peer, int code, const char *text);
+/* The peer is fenced: what waited for that ends. */
+void fab_transfers_settle_peer(struct fab_peer *peer);
 void fab_transfers_check_deadlines(struct fab_peer *peer);
 
 #endif

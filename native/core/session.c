@@ -146,6 +146,7 @@ static void ended(struct fab_peer *p)
     atomic_store_explicit(&p->fence_stuck, false, memory_order_relaxed);
     atomic_store_explicit(&p->state, FAB_P_DEAD, memory_order_release);
     atomic_fetch_add_explicit(&p->losses, 1, memory_order_release);
+    fab_transfers_settle_peer(p);
     e->stats.peers_lost++;
     e->dirty = true;
     fab_watch_peer_lost(e, p, FAB_E_UNREACHABLE);
@@ -203,7 +204,7 @@ void fab_session_end(struct fab_peer *p, int code, const char *text, bool goodby
     if (text != p->end_text)
         fab_text(p->end_text, sizeof p->end_text, "%s", text);
     p->no_fence = false;
-    p->deadline = p->engine->now + FENCE_STUCK_NS;
+    p->deadline = fab_now() + FENCE_STUCK_NS;
     atomic_store_explicit(&p->state, FAB_P_FENCING, memory_order_release);
     fab_transfers_fail_peer(p, FAB_E_UNREACHABLE, p->end_text);
     if (close_lanes(p))
@@ -217,7 +218,7 @@ static bool anybody_told(const struct fab_peer *p)
     if (atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP && !p->welcomed)
         return false;
     return p->queue.head || p->inflight.head || p->sending.head || p->sent.head ||
-           atomic_load_explicit(&p->waiters, memory_order_relaxed);
+           fab_peer_waited_for(p);
 }
 
 void fab_session_carry_out_doom(struct fab_peer *p)
@@ -410,7 +411,8 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
         p->last_heard = p->engine->now;
         if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);
-        dispatch(p, &h, &r, &own_fd);
+        if (atomic_load(&p->state) == FAB_P_UP)
+            dispatch(p, &h, &r, &own_fd);
         if (r.bad)
             refuse_frame(p, "malformed body");
         fab_peer_busy(p);

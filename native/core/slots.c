@@ -122,6 +122,16 @@ bool fab_slot_kill(void *item)
     return atomic_fetch_and_explicit(&slot->word, ~LIVE_BIT, memory_order_acq_rel) & LIVE_BIT;
 }
 
+bool fab_slot_kill_unused(void *item)
+{
+    struct fab_slot *slot = item;
+    uint64_t word = atomic_load_explicit(&slot->word, memory_order_relaxed);
+    if ((word & (LIVE_BIT | REF_MASK)) != (LIVE_BIT | 1))
+        return false;
+    return atomic_compare_exchange_strong_explicit(&slot->word, &word, word & ~LIVE_BIT,
+                                                   memory_order_acq_rel, memory_order_relaxed);
+}
+
 bool fab_slot_put(void *item)
 {
     struct fab_slot *slot = item;

@@ -46,6 +46,7 @@ int64_t fab_slot_handle(const void *item);
 void *fab_slot_get(struct fab_slots *slots, int64_t handle);
 void fab_slot_ref(void *item);
 bool fab_slot_kill(void *item); /* false: was dead already */
+bool fab_slot_kill_unused(void *item); /* kills it only if the owner's reference is the last */
 bool fab_slot_put(void *item);
 void fab_slot_free(struct fab_slots *slots, void *item);
 bool fab_slot_live(const void *item);

@@ -163,9 +163,18 @@ void fab_transfer_done(struct fab_transfer *t)
     end(t->peer->engine, t, FAB_T_DONE);
 }
 
+/* PeerUnreachable is not told before the peer is fenced (S5): until then the transfer drains. */
+static bool fence_comes_first(const struct fab_transfer *t)
+{
+    const struct fab_peer *p = t->peer;
+    return t->code == FAB_E_UNREACHABLE && t->list &&
+           (p->ending || atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_FENCING);
+}
+
 void fab_transfer_settle(struct fab_transfer *t)
 {
-    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_DRAINING && !t->outstanding)
+    if (atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_DRAINING &&
+        !t->outstanding && !fence_comes_first(t))
         end(t->peer->engine, t, t->code == FAB_E_CANCELLED ? FAB_T_CANCELLED : FAB_T_FAILED);
 }
 
@@ -213,14 +222,16 @@ static void start_one(struct fab_transfer *t)
         fab_session_start(p);
         state = atomic_load_explicit(&p->state, memory_order_relaxed);
     }
-    if (state == FAB_P_DEAD)
+    if (state == FAB_P_DEAD) {
         fab_transfer_fail(t, FAB_E_UNREACHABLE, p->text);
-    else if (state == FAB_P_FENCING || p->ending)
-        fab_transfer_fail(t, FAB_E_UNREACHABLE, p->end_text);
-    else if (t->kind == FAB_K_MESSAGE)
+        return;
+    }
+    if (t->kind == FAB_K_MESSAGE)
         fab_message_start(p, t);
     else
         fab_post_enqueue(t);
+    if (state == FAB_P_FENCING || p->ending)
+        fab_transfer_fail(t, FAB_E_UNREACHABLE, p->end_text);
 }
 
 void fab_transfer_start(struct fab_transfer *t)
@@ -319,7 +330,7 @@ static int64_t submit(struct fab_engine *e, struct fab_transfer *t)
 {
     int64_t handle = fab_slot_handle(t);
     fab_slot_ref(t); /* the engine's, until the end */
-    if (!fab_trylock(e)) {
+    if (!fab_trylock_in_order(e)) {
         fab_command(e, t->slot.index, false);
         fab_kick(e);
         return handle;
@@ -417,19 +428,18 @@ static int fill_pages(struct fab_transfer *t, const int32_t *src_pages, const in
                          FAB_MAX_PAGES);
     if (!count)
         return 0;
-    int rc = check_pages("source region", src_pages, count, t->src_stride, t->length, t->src,
-                         t->region->length);
-    if (!rc)
-        rc = check_pages("destination descriptor", dst_pages, count, t->dst_stride, t->length,
-                         t->dst, t->import->length);
-    if (rc)
-        return rc;
     t->pages = malloc(2 * sizeof *t->pages * count);
     if (!t->pages)
         return fab_error(FAB_E_SYSTEM, "out of memory");
     memcpy(t->pages, src_pages, sizeof *t->pages * count);
     memcpy(t->pages + count, dst_pages, sizeof *t->pages * count);
-    return 0;
+    /* The copies are checked: another thread may change the caller's arrays meanwhile. */
+    int rc = check_pages("source region", t->pages, count, t->src_stride, t->length, t->src,
+                         t->region->length);
+    if (!rc)
+        rc = check_pages("destination descriptor", t->pages + count, count, t->dst_stride,
+                         t->length, t->dst, t->import->length);
+    return rc;
 }
 
 int64_t fab_write_pages(fab_engine *e, int64_t region, int64_t remote, const int32_t *src_pages,

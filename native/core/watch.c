@@ -212,7 +212,7 @@ static int watch_peers(struct fab_engine *e, struct fab_watch *w, const int64_t 
     if (!code) {
         code = fab_peer_set_lost(w->peers);
         if (code)
-            fab_peer_set_error(w->peers);
+            fab_peer_set_error(e, w->peers);
     }
     return code;
 }
@@ -371,6 +371,7 @@ int fab_queue_drain(fab_engine *e, int64_t queue, fab_event *out, uint32_t max)
         uint64_t count;
         ssize_t got = read(q->fd, &count, sizeof count);
         (void)got; /* EAGAIN: nothing was signalled since the last drain */
+        q->head = q->tail = 0; /* stays in the pages that it has touched */
         atomic_store_explicit(&q->armed, 1, memory_order_release);
     }
     fab_unlock(e);

@@ -137,6 +137,18 @@ static int take_commands(struct fab_engine *e)
     return n;
 }
 
+bool fab_trylock_in_order(struct fab_engine *e)
+{
+    if (!fab_trylock(e))
+        return false;
+    while (take_commands(e))
+        ;
+    if (!atomic_load_explicit(&e->commands_waiting, memory_order_seq_cst))
+        return true;
+    fab_unlock(e); /* one is being written: ours has to go behind it */
+    return false;
+}
+
 /* ---- a turn ---- */
 
 static void tick(struct fab_engine *e)
@@ -150,8 +162,10 @@ static void tick(struct fab_engine *e)
         struct fab_peer *p = fab_slot_at(&e->peers, i);
         if (!fab_slot_live(p))
             continue;
-        if (late > 0)
+        if (late > 0 && p->last_heard + late < e->now)
             p->last_heard += late;
+        else if (late > 0)
+            p->last_heard = e->now;
         fab_session_tick(p);
     }
     fab_newcomers_tick(e);

@@ -327,8 +327,7 @@ int fab_queue_close(fab_engine *e, int64_t queue);
  * when it holds already (then no event comes), or a code. */
 int64_t fab_watch_transfer(fab_engine *e, int64_t queue, int64_t transfer, uint64_t tag);
 int64_t fab_watch_counter(fab_engine *e, int64_t queue, int64_t counter, uint32_t index,
-                          uint64_t target, const int64_t *peers, uint32_t peer_count,
-                          uint64_t tag);
+                          uint64_t target, const int64_t *peers, uint32_t peer_count, uint64_t tag);
 int64_t fab_watch_message(fab_engine *e, int64_t queue, uint64_t tag);
 int fab_unwatch(fab_engine *e, int64_t watch);
 

@@ -20,15 +20,15 @@
 #define LONG_ENOUGH (30 * SECOND) /* for what must happen, on a busy machine under a sanitizer */
 #define SKIPPED 77
 
-#define CHECK(condition, ...)                                                                      \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fflush(stdout);                                                                        \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);                        \
-            fprintf(stderr, __VA_ARGS__);                                                          \
-            fprintf(stderr, " (seed %llu)\n", (unsigned long long)check_seed);                     \
-            exit(1);                                                                               \
-        }                                                                                          \
+#define CHECK(condition, ...)                                                  \
+    do {                                                                       \
+        if (!(condition)) {                                                    \
+            fflush(stdout);                                                    \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
+            fprintf(stderr, __VA_ARGS__);                                      \
+            fprintf(stderr, " (seed %llu)\n", (unsigned long long)check_seed); \
+            exit(1);                                                           \
+        }                                                                      \
     } while (0)
 
 /* The call must succeed; its result. */

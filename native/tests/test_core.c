@@ -336,8 +336,8 @@ static void test_bad_headers(void)
     make_frame(&w, FAB_F_PING, 1);
     static const struct {
         int at, value;
-    } bad[] = {{0, 0xB2}, {1, 0}, {2, 0}, {2, 2}, {3, 0}, {3, FAB_F_LAST + 1}, {3, 255},
-               {4, 0},    {4, 25}, {7, 1}};
+    } bad[] = {{0, 0xB2},           {1, 0},   {2, 0}, {2, 2},  {3, 0},
+               {3, FAB_F_LAST + 1}, {3, 255}, {4, 0}, {4, 25}, {7, 1}};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         memcpy(bytes, w.bytes, w.used);
         bytes[bad[i].at] = (uint8_t)bad[i].value;
@@ -529,8 +529,8 @@ static void test_slots(void)
         }
         SAME(table.live, 0);
     }
-    static const int64_t strange[] = {0,  -1, 1, 9, INT64_MAX, INT64_MIN, INT64_C(1) << 32,
-                                      (INT64_C(1) << 32) + 9};
+    static const int64_t strange[] = {
+        0, -1, 1, 9, INT64_MAX, INT64_MIN, INT64_C(1) << 32, (INT64_C(1) << 32) + 9};
     for (size_t i = 0; i < sizeof strange / sizeof *strange; i++)
         CHECK(!fab_slot_get(&table, strange[i]), "handle %lld", (long long)strange[i]);
     fab_slots_fini(&table);
@@ -965,12 +965,18 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } tests[] = {{"shard bytes", test_shard_bytes}, {"shard items", test_shard_items},
-                 {"sha256", test_sha256},           {"hmac", test_hmac},
-                 {"frames", test_frames},           {"bad headers", test_bad_headers},
-                 {"hello", test_hello},             {"hello fuzz", test_hello_fuzz},
-                 {"reader fuzz", test_reader_fuzz}, {"writer bound", test_writer_bound},
-                 {"slots", test_slots},             {"slots, threads", test_slots_threads},
+    } tests[] = {{"shard bytes", test_shard_bytes},
+                 {"shard items", test_shard_items},
+                 {"sha256", test_sha256},
+                 {"hmac", test_hmac},
+                 {"frames", test_frames},
+                 {"bad headers", test_bad_headers},
+                 {"hello", test_hello},
+                 {"hello fuzz", test_hello_fuzz},
+                 {"reader fuzz", test_reader_fuzz},
+                 {"writer bound", test_writer_bound},
+                 {"slots", test_slots},
+                 {"slots, threads", test_slots_threads},
                  {"counters", test_counters}};
     check_begin(argc, argv);
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {

@@ -198,7 +198,8 @@ static void test_bounds(void)
     FAILS(FAB_E_INVALID, fab_write(a, from, 0, to, 0, 1, -2, 0, -1));
     FAILS(FAB_E_INVALID, fab_write(a, 99, 0, to, 0, 1, id, 0, -1));
     FAILS(FAB_E_INVALID, fab_write(a, from, 0, 0, 0, 1, id, 0, -1));
-    FAILS(FAB_E_INVALID, fab_write_pages(a, from, to, &negative, &good, 1, 1, 1, 1, 0, 0, id, 0, -1));
+    FAILS(FAB_E_INVALID,
+          fab_write_pages(a, from, to, &negative, &good, 1, 1, 1, 1, 0, 0, id, 0, -1));
     FAILS(FAB_E_INVALID, fab_write_pages(a, from, to, &good, &far, 1, 1, 1, 1, 0, 0, id, 0, -1));
     FAILS(FAB_E_INVALID,
           fab_write_pages(a, from, to, &far, &good, 1, 1, UINT64_MAX, 1, 0, 0, id, 0, -1));
@@ -603,7 +604,8 @@ static void test_deadlines(void)
     int64_t t = OK(fab_write(pair.a, pair.from, 0, pair.remote, 0, 64 * MIB, id, 1, -1));
     int code = check_end(pair.a, t);
     int wait = fab_counter_wait(pair.b, c, 0, &one, 1, LONG_ENOUGH, NULL, 0, NULL);
-    CHECK(code == FAB_E_FAILED ? wait == FAB_E_VOID || !wait : !code && !wait, "%d, %d", code, wait);
+    CHECK(code == FAB_E_FAILED ? wait == FAB_E_VOID || !wait : !code && !wait, "%d, %d", code,
+          wait);
     OK(fab_counter_close(pair.b, c));
     check_done(pair.a, fab_write(pair.a, pair.from, 0, pair.remote, 0, 1, pair.id,
                                  check_now() + LONG_ENOUGH, -1));
@@ -634,8 +636,8 @@ static void test_disconnect(void)
         CHECK(pair.dst[k] == GUARD, "written at %llu after disconnect", (unsigned long long)k);
     OK(fab_peer_get_info(pair.b, pair.to_a, &info));
     CHECK(info.state == FAB_P_DEAD && *info.text, "state %d", info.state);
-    FAILS(FAB_E_UNREACHABLE, fab_counter_wait(pair.b, pair.counter, 0, &far, 1, LONG_ENOUGH,
-                                              &pair.to_a, 1, NULL));
+    FAILS(FAB_E_UNREACHABLE,
+          fab_counter_wait(pair.b, pair.counter, 0, &far, 1, LONG_ENOUGH, &pair.to_a, 1, NULL));
     OK(fab_disconnect(pair.b, pair.to_a, LONG_ENOUGH)); /* again: no harm */
     /* This side uses the address again, which lifts the bar. */
     check_done(pair.b, fab_imm(pair.b, &pair.to_a, 1, 1, 0, -1));

@@ -137,8 +137,8 @@ static void submit_message(struct submitter *s)
 static void submit_and_cancel(struct submitter *s)
 {
     uint64_t at = at_cell(s, 0);
-    fab_target rows[3] = {{rig.remote, at, at, PART}, {rig.remote, at, at, PART},
-                          {rig.remote, at, at, PART}};
+    fab_target rows[3] = {
+        {rig.remote, at, at, PART}, {rig.remote, at, at, PART}, {rig.remote, at, at, PART}};
     int64_t t = pick(s, 2)
                     ? fab_write(rig.a, rig.from, at, rig.remote, at, PART, rig.risky_id, 0, -1)
                     : fab_scatter(rig.a, rig.from, rows, 3, rig.risky_id, 0, -1);
@@ -187,8 +187,8 @@ static void *waiter_main(void *arg)
     uint64_t id = (uint64_t)((_Atomic uint64_t *)arg - rig.totals), target = 0;
     while (!atomic_load(&rig.all_there) || target < rig.totals[id]) {
         uint64_t next = target + 1;
-        int code = fab_counter_wait(rig.b, rig.counter[id], 0, &next, 1, 5 * MSEC, &rig.to_a, 1,
-                                    NULL);
+        int code =
+            fab_counter_wait(rig.b, rig.counter[id], 0, &next, 1, 5 * MSEC, &rig.to_a, 1, NULL);
         if (code == FAB_E_TIMEOUT)
             continue;
         OK(code);
@@ -295,8 +295,7 @@ static void check_result(void)
         cancelled += s->cancelled;
         done += s->done;
         for (uint64_t k = 0; k < CELLS; k++)
-            CHECK(!s->written[k] ||
-                      !memcmp(rig.dst + at_cell(s, k), rig.src + at_cell(s, k), CELL),
+            CHECK(!s->written[k] || !memcmp(rig.dst + at_cell(s, k), rig.src + at_cell(s, k), CELL),
                   "cell %llu of thread %llu", (unsigned long long)k, (unsigned long long)i);
     }
     fab_stats a = check_stats(rig.a), b = check_stats(rig.b);
