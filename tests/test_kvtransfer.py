@@ -244,7 +244,7 @@ def digest(node: State, beside: int | None = None) -> str:
     if beside is not None:
         pages = node.things["arrivals"][beside].pages
         rows[:, page_rows(decoder.layout, pages, decoder.pool.capacity)] = 0
-    return hashlib.sha256(rows).hexdigest()
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def close(node: State) -> None:
