@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._errors import EngineClosed, InvalidArgument, check, error_of
 from ._native import ffi, lib
@@ -25,6 +25,7 @@ from ._values import SLICE_NS, needs
 if TYPE_CHECKING:
     from ._transfer import Transfer
 
+T = TypeVar("T")
 MAX_PEERS: int = lib.FAB_MAX_PEERS
 _SENDERS_KEPT = 2 * MAX_PEERS
 _BUFFERS_KEPT = 8
@@ -38,6 +39,22 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def listed(peers: Iterable[Peer] | Peer | None) -> tuple[Peer, ...]:
+    """Return the peers that a user names: one, several or none.
+
+    Raises:
+        InvalidArgument: it cannot be iterated.
+    """
+    if peers is None:
+        return ()
+    if isinstance(peers, Peer):
+        return (peers,)
+    try:
+        return tuple(peers)
+    except TypeError:
+        raise InvalidArgument(f"addresses: an iterable is needed, not {peers!r}") from None
 
 
 class Core:
@@ -60,7 +77,8 @@ class Core:
         self.forked = False
         self.live: dict[int, weakref.ref[Transfer]] = {}
         self.lock = threading.RLock()  # a finaliser may close the engine inside of it
-        self._peers: dict[bytes, int] = {}
+        self._peers: dict[bytes, int] = {}  # by engine id, those whose address we were given
+        self._met: dict[bytes, int] = {}  # those that came to us
         self._senders: dict[int, Peer] = {}
         self._buffers: collections.deque[Any] = collections.deque(maxlen=_BUFFERS_KEPT)
         self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopQueue] = (
@@ -93,6 +111,8 @@ class Core:
     def _add_peer(self, peer: Peer) -> int:
         needs("address", peer, Peer)
         if not isinstance(peer, Address):
+            if peer.id in self._met:
+                return self._met[peer.id]
             raise InvalidArgument(
                 f"address: {peer!r} is not known to this engine, and is not an Address"
             )
@@ -106,15 +126,23 @@ class Core:
         Raises:
             InvalidArgument: too many, or as from `peer`.
         """
-        if peers is None:
+        if peers is None or peers == ():
             return ffi.NULL, 0
-        if isinstance(peers, Peer):
-            peers = (peers,)
-        try:
-            handles = [self.peer(peer) for peer in peers]
-        except TypeError:
-            raise InvalidArgument(f"addresses: an iterable is needed, not {peers!r}") from None
+        handles = [self.peer(peer) for peer in listed(peers)]
         return ffi.new("int64_t[]", handles), len(handles)
+
+    def with_peers(self, peers: Iterable[Peer], function: Callable[[], T]) -> T:
+        """Call what looks up handles of peers: again if the C core had reused one's entry.
+
+        Raises:
+            InvalidArgument: as from `function`, where that was not the reason.
+        """
+        try:
+            return function()
+        except InvalidArgument:
+            if not self.forget_stale(peers):
+                raise
+            return function()
 
     def forget_stale(self, peers: Iterable[Peer]) -> bool:
         """Add again those whose entry the C core reused; returns whether there were any."""
@@ -140,7 +168,7 @@ class Core:
         if len(self._senders) >= _SENDERS_KEPT:
             self._forget_evicted()
         self._senders[handle] = peer
-        self._peers[peer.id] = handle
+        (self._peers if isinstance(peer, Address) else self._met)[peer.id] = handle
 
     def _forget_evicted(self) -> None:
         out = ffi.new("int64_t[]", MAX_PEERS)
@@ -148,8 +176,9 @@ class Core:
         kept = set(ffi.unpack(out, min(count, MAX_PEERS)))
         for handle in set(self._senders) - kept:
             gone = self._senders.pop(handle, None)
-            if gone is not None and self._peers.get(gone.id) == handle:
-                del self._peers[gone.id]
+            for known in (self._peers, self._met):
+                if gone is not None and known.get(gone.id) == handle:
+                    del known[gone.id]
 
     # ---- submission ----
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ._core import listed
 from ._errors import EngineClosed, InvalidArgument, check, error_of
 from ._native import ffi, lib
 from ._peer import Peer
@@ -58,36 +60,60 @@ class _Cells:
     ) -> int:
         """Wait for all counters at once; returns a code."""
         self._check_open()
-        array, count = self._core.peers(peers)
+        core, named = self._core, listed(peers)
         goals = ffi.new("uint64_t[]", targets)
-        ptr, handle, n = self._core.ptr, self._handle, len(targets)
+
+        def look(slice_ns: int) -> int:
+            return _valid(
+                lib.fab_counter_wait(
+                    core.ptr,
+                    self._handle,
+                    0,
+                    goals,
+                    len(targets),
+                    slice_ns,
+                    *core.peers(named),
+                    missing,
+                )
+            )
 
         def call(slice_ns: int) -> int:
-            return lib.fab_counter_wait(ptr, handle, 0, goals, n, slice_ns, array, count, missing)
+            return core.with_peers(named, functools.partial(look, slice_ns))
 
         return in_slices(call, nanoseconds("timeout", timeout))
 
     async def _reached(self, index: int, target: int, peers: Peers) -> None:
         self._check_open()
-        array, count = self._core.peers(peers)
+        core, named = self._core, listed(peers)
 
-        def watch(queue: int, tag: int) -> int:
-            return lib.fab_watch_counter(
-                self._core.ptr, queue, self._handle, index, target, array, count, tag
+        def look(queue: int, tag: int) -> int:
+            array, count = core.peers(named)
+            return _valid(
+                lib.fab_watch_counter(
+                    core.ptr, queue, self._handle, index, target, array, count, tag
+                )
             )
 
-        code = await self._core.loop_queue().wait(watch)
+        def watch(queue: int, tag: int) -> int:
+            return core.with_peers(named, functools.partial(look, queue, tag))
+
+        code = await core.loop_queue().wait(watch)
         if code == 0:
             return
         if code == lib.FAB_E_CLOSED:
-            self._core.check_open()
+            core.check_open()
             raise EngineClosed(f"counter {self.id:#x} was closed during the wait")
         # The event has a code only: looking once more says it in words.
         goal = ffi.new("uint64_t[]", [target])
         again = lib.fab_counter_wait(
-            self._core.ptr, self._handle, index, goal, 1, 0, array, count, ffi.NULL
+            core.ptr, self._handle, index, goal, 1, 0, *core.peers(named), ffi.NULL
         )
         raise error_of(code, None if again == code else "a peer that the wait named is gone")
+
+
+def _valid(code: int) -> int:
+    """Return a code of the C core; raise if it means that an argument was refused."""
+    return check(code) if code == lib.FAB_E_INVALID else code
 
 
 class ImmCounter(_Cells):
@@ -214,8 +240,9 @@ class CounterBlock(_Cells):
 
     async def reached(self, targets: Sequence[int] | int, peers: Peers = None) -> None:
         """Wait in asyncio until every counter has reached its target; otherwise as `wait`."""
+        named = listed(peers)
         waits = [
-            asyncio.ensure_future(self._reached(index, goal, peers))
+            asyncio.ensure_future(self._reached(index, goal, named))
             for index, goal in enumerate(self._goals(targets))
         ]
         try:

@@ -237,7 +237,6 @@ class Descriptor:
 
     def _import_into(self, core: Core) -> int:
         keys = ffi.new("fab_key[]", [{"addr": addr, "rkey": rkey} for addr, rkey in self._keys])
-        peer = core.peer(self.address)
         struct = ffi.new(
             "fab_descriptor *",
             {
@@ -251,7 +250,11 @@ class Descriptor:
                 "keys": keys,
             },
         )
-        return check(lib.fab_remote_add(core.ptr, peer, struct))
+
+        def add() -> int:
+            return check(lib.fab_remote_add(core.ptr, core.peer(self.address), struct))
+
+        return core.with_peers((self.address,), add)
 
 
 def _decode_key(name: str, value: Any) -> tuple[int, int]:

@@ -64,6 +64,7 @@ def _close_all() -> None:
 
 atexit.register(_close_all)
 
+_PLAIN = {int}
 _PAGE_FIELDS = ("page_bytes", "src_stride", "dst_stride", "src_offset", "dst_offset")
 
 
@@ -176,18 +177,20 @@ class TransferEngine:
         """
         if not self._open:
             return
+        limit = max(0, nanoseconds("timeout", self._peer_timeout if timeout is None else timeout))
         self._open = False
         _engines.discard(self)
         if self._core.forked:
             return
-        limit = self._peer_timeout if timeout is None else timeout
-        self._core.close(max(0, nanoseconds("timeout", limit)))
-        if self._acceptor is not None:
-            self._acceptor.close()
-        if self._dispatcher is not None:
-            self._dispatcher.close()
-        self._regions.clear()
-        self._shared.clear()
+        try:
+            self._core.close(limit)
+        finally:
+            if self._acceptor is not None:
+                self._acceptor.close()
+            if self._dispatcher is not None:
+                self._dispatcher.close()
+            self._regions.clear()
+            self._shared.clear()
 
     # ---- memory ----
 
@@ -213,7 +216,7 @@ class TransferEngine:
                 region = self._shared[span.key] = self._register(span)
             else:
                 region._uses += 1
-            if span.keep is not None:
+            if span.keep is not None and not region._keeps:  # one keeps all of it
                 region._keeps.append(span.keep)
         return region
 
@@ -286,14 +289,26 @@ class TransferEngine:
             if memory._uses > 1:
                 memory._uses -= 1
                 return
-        for alias, _ in list(memory._aliases.values()):
-            self._take_back_alias(memory, alias, limit)
-        check(lib.fab_region_deregister(self._core.ptr, handle, limit))
+            keys = self._unshare(memory)  # who registers it from now on gets another region
+        try:
+            for alias, _ in list(memory._aliases.values()):
+                self._take_back_alias(memory, alias, limit)
+            check(lib.fab_region_deregister(self._core.ptr, handle, limit))
+        except BaseException:
+            with self._core.lock:
+                for key in keys if memory._handle else ():
+                    self._shared.setdefault(key, memory)
+            raise
         with self._core.lock:
             memory._handle = 0
             self._regions.pop(handle, None)
-            for key in [key for key, region in self._shared.items() if region is memory]:
-                del self._shared[key]
+            self._unshare(memory)  # another thread may have failed to deregister it meanwhile
+
+    def _unshare(self, memory: MemoryRegion) -> list[tuple[int, int, int, int]]:
+        keys = [key for key, region in self._shared.items() if region is memory]
+        for key in keys:
+            del self._shared[key]
+        return keys
 
     def _take_back(self, descriptor: Descriptor, limit: int) -> None:
         for region in list(self._regions.values()):
@@ -307,7 +322,7 @@ class TransferEngine:
         check(lib.fab_region_deregister(self._core.ptr, alias, limit))
         for peer, (handle, _) in list(region._aliases.items()):
             if handle == alias:
-                del region._aliases[peer]
+                region._aliases.pop(peer, None)
 
     def _check_region(self, memory: Any) -> None:
         needs("mr", memory, MemoryRegion)
@@ -370,6 +385,12 @@ class TransferEngine:
             QueueFull: no room within `timeout`.
             EngineClosed: the engine is closed.
         """
+        if type(src_offset) is not int:
+            src_offset = integer("src_offset", src_offset)
+        if type(dst_offset) is not int:
+            dst_offset = integer("dst_offset", dst_offset)
+        if type(length) is not int and length is not None:
+            length = integer("length", length)
         try:
             if length is None:
                 length = min(mr.nbytes - src_offset, d.nbytes - dst_offset)
@@ -434,7 +455,9 @@ class TransferEngine:
         """
         src_stride = page_bytes if src_stride is None else src_stride
         dst_stride = page_bytes if dst_stride is None else dst_stride
-        where = (page_bytes, src_stride, dst_stride, src_offset, dst_offset)
+        where: tuple[int, ...] = (page_bytes, src_stride, dst_stride, src_offset, dst_offset)
+        if {*map(type, where)} != _PLAIN:
+            where = tuple(map(integer, _PAGE_FIELDS, where))
         try:
             if mr._core is not self._core:
                 self._check_region(mr)
@@ -548,12 +571,7 @@ class TransferEngine:
         self, peers: tuple[Peer, ...], function: Callable[..., int], timeout: float | None
     ) -> Transfer:
         """Submit by peer handles, of which the C core may have reused some."""
-        try:
-            return self._submit(function, (), timeout)
-        except InvalidArgument:
-            if not self._core.forget_stale(peers):
-                raise
-            return self._submit(function, (), timeout)
+        return self._core.with_peers(peers, lambda: self._submit(function, (), timeout))
 
     def _submit(
         self, function: Callable[..., int], args: tuple[Any, ...], timeout: float | None
@@ -663,9 +681,12 @@ class TransferEngine:
             FenceUnsupported: this provider cannot keep it from finishing what it began.
         """
         self._core.check_open()
-        handle = self._core.peer(address)
-        limit = self._peer_timeout if timeout is None else timeout
-        check(lib.fab_disconnect(self._core.ptr, handle, max(0, nanoseconds("timeout", limit))))
+        core = self._core
+        limit = max(0, nanoseconds("timeout", self._peer_timeout if timeout is None else timeout))
+        core.with_peers(
+            (address,),
+            lambda: check(lib.fab_disconnect(core.ptr, core.peer(address), limit)),
+        )
 
     def stats(self) -> EngineStats:
         """Return what this engine has done and holds. A closed engine still tells."""

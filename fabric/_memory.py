@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,10 @@ class MemoryRegion:
     ptr: int
     nbytes: int
     device: int
+
+    if TYPE_CHECKING:  # what the ctypes array underneath does, see _host_class()
+
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
     def __init__(self) -> None:
         raise TypeError("regions are made by TransferEngine.alloc() and TransferEngine.register()")
@@ -106,11 +111,12 @@ class MemoryRegion:
         """
         needs("address", address, Peer)
         handle = self._live_handle()
-        known = self._aliases.get(address.id)
-        if known is None:
-            engine_id = ffi.from_buffer("uint8_t[]", address.id)
-            alias = check(lib.fab_region_alias(self._core.ptr, handle, engine_id))
-            known = self._aliases[address.id] = alias, describe(self._core, alias)
+        with self._core.lock:
+            known = self._aliases.get(address.id)
+            if known is None:
+                engine_id = ffi.from_buffer("uint8_t[]", address.id)
+                alias = check(lib.fab_region_alias(self._core.ptr, handle, engine_id))
+                known = self._aliases[address.id] = alias, describe(self._core, alias)
         return known[1]
 
     def numpy(
@@ -275,14 +281,27 @@ def _span_of_tensor(tensor: Any) -> Span:
     return Span(tensor.data_ptr(), nbytes, kinds[tensor.device.type], device, tensor)
 
 
+_FIELD_NAME = re.compile(":[^:]*:")
+"""A name in the format of a buffer: the rest of it says what the elements are."""
+
+
+def _as_bytes(source: Any) -> Any:
+    """Return an array as one of bytes, for dtypes that buffers have no format for."""
+    if isinstance(source, np.ndarray) and source.flags.c_contiguous and not source.dtype.hasobject:
+        return source.reshape(-1).view(np.uint8)
+    return source
+
+
 def _span_of_buffer(source: Any) -> Span:
     try:
-        view = memoryview(source)
+        view = memoryview(_as_bytes(source))
     except TypeError:
         raise InvalidArgument(
             f"memory: a buffer, a tensor or (pointer, nbytes) is needed, not "
             f"{type(source).__name__}"
         ) from None
+    except (ValueError, BufferError) as error:
+        raise InvalidArgument(f"memory: {error}") from None
     if view.readonly:
         raise InvalidArgument(
             "memory: the buffer is read-only, and peers could write to a registered region"
@@ -291,7 +310,7 @@ def _span_of_buffer(source: Any) -> Span:
         raise InvalidArgument("memory: the buffer is not contiguous")
     if not view.nbytes:
         raise InvalidArgument("memory: the buffer is empty")
-    if "O" in view.format:
+    if "O" in _FIELD_NAME.sub("", view.format):
         raise InvalidArgument("memory: the buffer holds references to Python objects")
     held = ffi.from_buffer("uint8_t[]", view)  # keeps a bytearray from moving
     return Span(int(ffi.cast("uintptr_t", held)), view.nbytes, lib.FAB_MEM_HOST, 0, (held, source))

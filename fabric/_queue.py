@@ -42,8 +42,13 @@ class CompletionQueue:
 
     def __init__(self, core: Core) -> None:
         self.core = core
+        self.fd = -1
         self.handle = check(lib.fab_queue_open(core.ptr))
-        self.fd = os.dup(check(lib.fab_queue_fd(core.ptr, self.handle)))
+        try:
+            self.fd = os.dup(check(lib.fab_queue_fd(core.ptr, self.handle)))
+        except BaseException:
+            lib.fab_queue_close(core.ptr, self.handle)
+            raise
         self._events = ffi.new("fab_event[]", BATCH)
         self._bytes = ffi.buffer(self._events)
 
@@ -89,14 +94,12 @@ class LoopQueue(CompletionQueue):
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         tag = next(self._tags)
         self._waiting[tag] = future
-        handle = watch(self.handle, tag)
-        if handle <= 0:
-            del self._waiting[tag]
-            return check(handle)
+        handle = 0
         try:
-            return await future
+            handle = watch(self.handle, tag)
+            return check(handle) if handle <= 0 else await future
         finally:
-            if self._waiting.pop(tag, None) is not None:
+            if self._waiting.pop(tag, None) is not None and handle > 0:
                 lib.fab_unwatch(self.core.ptr, handle)
 
     def _on_events(self) -> None:
@@ -108,11 +111,14 @@ class LoopQueue(CompletionQueue):
 
     def close(self) -> None:
         """End all waits and give the queue back; the loop no longer looks at it."""
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_result(lib.FAB_E_CLOSED)
-        self._waiting.clear()
-        self.release()
+        waiting, self._waiting = self._waiting, {}
+        try:
+            for future in waiting.values():
+                # Where the loop was closed first nobody waits any more.
+                if not future.done() and not future.get_loop().is_closed():
+                    future.set_result(lib.FAB_E_CLOSED)
+        finally:
+            self.release()
 
     def close_from(self, loop: asyncio.AbstractEventLoop) -> None:
         """Close from any thread: what touches the loop is done on the loop's own."""
@@ -174,15 +180,22 @@ class Dispatcher:
             for tag, _ in events:
                 run_callback(*self._waiting.pop(tag))
             if self._wake in ready and not events:
-                return
+                break
+        self._release()
+
+    def _release(self) -> None:
+        """Give back what the thread used; harmless to call again."""
+        self._queue.release()
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
 
     def close(self) -> None:
         """Run what the closing engine has ended, then stop the thread."""
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:  # a callback closes the engine
             self._thread.join()
-            self._queue.release()
-            os.close(self._wake)
+            self._release()  # had a callback ended the thread
 
 
 def run_callback(transfer: Transfer, callback: Callable[[Transfer], Any]) -> None:

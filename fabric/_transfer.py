@@ -91,7 +91,9 @@ class Transfer:
         if code in _NOT_YET:
             watch = functools.partial(self._watch, self._handle)
             event = await self._core.loop_queue().wait(watch)
-            code = event if event == _CLOSED else self._code(0)
+            code = self._code(0)
+            if code in _NOT_YET:  # the engine closes; it has not said yet how this ended
+                code = event
         self._finish(code)
 
     def _watch(self, handle: int, queue: int, tag: int) -> int:
