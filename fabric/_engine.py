@@ -30,6 +30,7 @@ from ._values import (
     FOREVER,
     IMM_MAX,
     U64_MAX,
+    bounded_ns,
     deadline_ns,
     immediate,
     integer,
@@ -177,7 +178,7 @@ class TransferEngine:
         """
         if not self._open:
             return
-        limit = max(0, nanoseconds("timeout", self._peer_timeout if timeout is None else timeout))
+        limit = bounded_ns("timeout", self._peer_timeout if timeout is None else timeout)
         self._open = False
         _engines.discard(self)
         if self._core.forked:
@@ -682,7 +683,7 @@ class TransferEngine:
         """
         self._core.check_open()
         core = self._core
-        limit = max(0, nanoseconds("timeout", self._peer_timeout if timeout is None else timeout))
+        limit = bounded_ns("timeout", self._peer_timeout if timeout is None else timeout)
         core.with_peers(
             (address,),
             lambda: check(lib.fab_disconnect(core.ptr, core.peer(address), limit)),

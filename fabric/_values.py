@@ -79,6 +79,12 @@ def nanoseconds(name: str, seconds: float | None) -> int:
         raise InvalidArgument(f"{name}: seconds are needed, not {seconds!r}") from None
 
 
+def bounded_ns(name: str, seconds: float) -> int:
+    """Return a timeout for a C function that does not wait for ever."""
+    limit = nanoseconds(name, seconds)
+    return _LONGEST_NS if limit == FOREVER else limit
+
+
 def deadline_ns(seconds: float | None) -> int:
     """Return the point of CLOCK_MONOTONIC `seconds` from now, for C; 0 for none."""
     if seconds is None:
