@@ -56,6 +56,7 @@ static void ofi_nic_close(struct fab_nic *base)
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
 
+    ofi_lanes_exhume(nic, true);
     (void)ofi_port_shut(&nic->port);
     ofi_port_free(&nic->port);
     ofi_pool_close(&nic->replies);

@@ -65,6 +65,8 @@ enum {
 #define OFI_REPLY_NS 2000000000u    /* an answer to a stranger is given up */
 #define OFI_RETRY_MIN_NS 20000u     /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
+#define OFI_GRAVES 64                /* closed lanes kept for completions that come late, */
+#define OFI_GRAVE_NS 5000000000u    /* and for how long */
 #define OFI_MAX_WRITE (1ull << 30)
 
 struct ofi_nic;
@@ -177,7 +179,10 @@ struct ofi_lane {
     bool pointed; /* `to` is valid */
     bool down;
     bool closing;
-    uint32_t index; /* in nic->lanes */
+    bool buried;           /* closed; completions that come late are for nobody */
+    uint64_t buried_at;
+    struct ofi_lane *grave; /* the next buried one, older first */
+    uint32_t index;        /* in nic->lanes */
     uint32_t writes_out;
     uint32_t sends_out;
     uint64_t bytes_out;
@@ -206,6 +211,8 @@ struct ofi_nic {
     struct ofi_port port;      /* the listener */
     struct ofi_pool replies;
     struct ofi_fifo waiting; /* replies that could not be posted yet */
+    struct ofi_lane *graves, *last_grave;
+    uint32_t grave_count;
     struct ofi_lane **lanes; /* by index; NULL: free */
     uint32_t lane_slots;
     uint32_t lane_count;
@@ -219,6 +226,9 @@ struct ofi_nic {
     bool timer_set;
     int timer_fd; /* wakes for what waits for a connection */
 };
+
+/* ofi_lane.c: frees the buried lanes that are old enough, or all. */
+void ofi_lanes_exhume(struct ofi_nic *nic, bool all);
 
 /* ofi_info.c */
 extern const struct ofi_kind ofi_tcp, ofi_efa;

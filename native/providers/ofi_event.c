@@ -138,8 +138,23 @@ static void written(struct ofi_domain *domain, const struct ofi_event *event)
         domain->nic->base.sink->imm(&lane->base, (uint32_t)event->data, 1);
 }
 
+/* A completion of a lane that was closed before: it was reported when the lane was. */
+static bool comes_late(const struct ofi_event *event)
+{
+    const struct ofi_slot *slot = event->slot;
+    const struct ofi_lane *lane = NULL;
+
+    if (slot && (slot->kind == OFI_WRITE || slot->kind == OFI_SEND))
+        lane = slot->lane;
+    else if (slot && slot->kind == OFI_RECV)
+        lane = slot->port->lane;
+    return lane && lane->buried;
+}
+
 void ofi_handle(struct ofi_domain *domain, const struct ofi_event *event)
 {
+    if (comes_late(event))
+        return;
     if (is_written(event))
         written(domain, event);
     if (!event->slot)

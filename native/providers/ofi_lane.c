@@ -480,6 +480,38 @@ static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
     return -ENOTSUP;
 }
 
+void ofi_lanes_exhume(struct ofi_nic *nic, bool all)
+{
+    struct ofi_lane *lane;
+
+    while ((lane = nic->graves) &&
+           (all || nic->grave_count > OFI_GRAVES || ofi_now() - lane->buried_at > OFI_GRAVE_NS)) {
+        nic->graves = lane->grave;
+        nic->grave_count--;
+        free_lane(nic, lane);
+    }
+    if (!nic->graves)
+        nic->last_grave = NULL;
+}
+
+/* Seen on libfabric 1.17: when the other side closes the connection at the same moment, the error
+ * completion of a write can come after fi_close() of the endpoint and after a read that emptied
+ * the queue. It names one of this lane's slots, so these outlive the lane for a while. */
+static void bury(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    lane->buried = true;
+    lane->buried_at = ofi_now();
+    lane->grave = NULL;
+    leave(nic, lane);
+    if (nic->last_grave)
+        nic->last_grave->grave = lane;
+    else
+        nic->graves = lane;
+    nic->last_grave = lane;
+    nic->grave_count++;
+    ofi_lanes_exhume(nic, false);
+}
+
 int ofi_lane_close(struct fab_lane *base)
 {
     struct ofi_lane *lane = (struct ofi_lane *)base;
@@ -497,6 +529,6 @@ int ofi_lane_close(struct fab_lane *base)
         return -EINPROGRESS;
     drain(nic->data, lane);
     cancel_writes(lane);
-    free_lane(nic, lane);
+    bury(nic, lane);
     return 0;
 }
