@@ -94,14 +94,13 @@ static int try_kind(struct fab_peer *p, int kind)
     return rc;
 }
 
-static int sign(const struct fab_engine *e, const struct fab_writer *w, const struct fab_hello *h,
-                const char *label, uint8_t mac[FAB_MAC_BYTES])
+static void sign(const struct fab_engine *e, const struct fab_writer *w, const struct fab_hello *h,
+                 const char *label, uint8_t mac[FAB_MAC_BYTES])
 {
     memset(mac, 0, FAB_MAC_BYTES);
     if (e->config.secret_len)
         fab_hmac(e->secret, e->config.secret_len, label, w->bytes + FAB_FRAME_HEADER,
                  h->signed_bytes, mac);
-    return 0;
 }
 
 static bool send_hello(struct fab_peer *p, bool welcome)
