@@ -32,6 +32,27 @@ VARIABLES = (
     Variable("FABRIC_LIBIBVERBS", "libibverbs.so.1", "path of the libibverbs to load"),
     Variable("FABRIC_TCP_NIC", "the first", "NIC that the provider tcp opens when none is named"),
     Variable("FABRIC_EFA_NIC", "the first", "NIC that the provider efa opens when none is named"),
+    Variable(
+        "FABRIC_VERBS_NIC",
+        "the first that is up",
+        "NIC that the provider verbs opens when none is named: mlx5_0, or mlx5_0:2 for its port 2",
+    ),
+    Variable(
+        "FABRIC_VERBS_GID_INDEX",
+        "chosen",
+        "index in the port's GID table; chosen are RoCE v2 and FABRIC_VERBS_GID_FAMILY where"
+        " there are, and never link-local ones",
+    ),
+    Variable("FABRIC_VERBS_GID_FAMILY", "ipv4", "ipv4 or ipv6: which GIDs are preferred on RoCE"),
+    Variable("FABRIC_VERBS_PKEY", "the first", "P_Key whose index in the port's table is used"),
+    Variable(
+        "FABRIC_VERBS_TIMEOUT",
+        "from peer_timeout",
+        "ack timeout of queue pairs, 4.096 us times 2 to the power of it; 8 of them make a lane"
+        " fail, and half of peer_timeout is not exceeded",
+    ),
+    Variable("FABRIC_VERBS_TRAFFIC_CLASS", "0", "traffic class (DSCP and ECN) on RoCE"),
+    Variable("FABRIC_VERBS_SERVICE_LEVEL", "0", "service level of queue pairs, 0 to 15"),
     Variable("FABRIC_LOG_LEVEL", "warn", "log lines of the C core: error, warn, info or debug"),
     Variable("FABRIC_LOG_FILE", "standard error", "file that those lines are appended to"),
     Variable(

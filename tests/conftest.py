@@ -11,10 +11,19 @@ import pytest
 from tests.harness import Farm, Node, nothing_left_in_shm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-NICS: dict[str, list[str] | None] = {"local": None, "tcp": ["lo"]}
-"""NICs for each provider; None leaves the choice to it."""
+SETUPS: dict[str, tuple[str, Sequence[list[str] | None]]] = {
+    "local": ("local", [None]),
+    "tcp": ("tcp", [["lo"]]),
+    "verbs": ("verbs", [["rxe0"], ["rxe1"]]),
+    "verbs-2": ("verbs", [["rxe0", "rxe1"], ["rxe1", "rxe0"]]),
+}
+"""Provider and NICs for each name of ``--providers``; the nodes of a test take turns in the lists.
+
+None leaves the choice to the provider. With SoftRoCE the turns see to it that bytes cross the link:
+a NIC that talks to itself does not use it.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fabric")
     group.addoption(
         "--providers",
-        help="comma-separated providers to test; one that is named here and missing is an error"
+        help=f"comma-separated: {', '.join(SETUPS)}; one that is named here and missing is an error"
         " (default: local,tcp, and one that is missing skips)",
     )
     group.addoption("--seed", type=int, help="seed of random sizes and orders (default: random)")
@@ -53,6 +62,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that asks for a provider on each of them."""
     if "provider" in metafunc.fixturenames:
         names = (metafunc.config.option.providers or "local,tcp").split(",")
+        if unknown := set(names) - set(SETUPS):
+            raise pytest.UsageError(f"--providers: {unknown} unknown; there are {list(SETUPS)}")
         for mark in metafunc.definition.iter_markers("only"):
             names = [name for name in names if name in mark.args]
         metafunc.parametrize("provider", names, scope="module")
@@ -69,7 +80,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 def open_farm(provider: str, config: pytest.Config) -> Iterator[Farm]:
     """Nodes on one provider; all are gone at the end, and have left nothing behind."""
     with nothing_left_in_shm():
-        farm = Farm(provider, NICS.get(provider), strict=config.option.providers is not None)
+        farm = Farm(*SETUPS[provider], strict=config.option.providers is not None)
         try:
             yield farm
         finally:

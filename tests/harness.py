@@ -235,12 +235,19 @@ class Node:
 class Farm:
     """Makes nodes, and sees to it that all of them end."""
 
-    def __init__(self, provider: str, nics: Sequence[str] | None, strict: bool = False) -> None:
+    def __init__(
+        self, provider: str, turns: Sequence[list[str] | None], strict: bool = False
+    ) -> None:
         self.provider = provider
-        self.nics = nics
+        self.turns = turns
         self.strict = strict
         self.nodes: list[Node] = []
         self.strangers: list[int] = []
+
+    @property
+    def nics(self) -> list[str] | None:
+        """The NICs of the node that is made next: its turn."""
+        return self.turns[len(self.nodes) % len(self.turns)]
 
     def bare(self, name: str, env: dict[str, str] | None = None) -> Node:
         """Return a node that has no engine yet."""
@@ -250,9 +257,10 @@ class Farm:
 
     def __call__(self, name: str, env: dict[str, str] | None = None, **options: Any) -> Node:
         """Return a node with an engine of the provider under test; skip where there is none."""
+        nics = options.pop("nics", self.nics)
         node = self.bare(name, env)
         try:
-            return node.open(self.provider, options.pop("nics", self.nics), **options)
+            return node.open(self.provider, nics, **options)
         except BaseException as error:
             node.kill()
             if self.strict or not isinstance(error, fabric.ProviderUnavailable):

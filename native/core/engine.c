@@ -142,7 +142,8 @@ static int open_nic(struct fab_engine *e, const struct fab_provider *provider, c
                                       .sink = &fab_core_sink,
                                       .engine = e,
                                       .index = e->nic_count,
-                                      .engine_id = e->id};
+                                      .engine_id = e->id,
+                                      .peer_timeout_ns = e->config.peer_timeout_ns};
     int rc = provider->nic_open(&options, &e->nics[e->nic_count]);
     if (rc)
         return fab_error_why(rc == -EINVAL ? FAB_E_INVALID : FAB_E_UNAVAILABLE, rc,
@@ -169,7 +170,7 @@ static int open_provider(struct fab_engine *e, const char *name, const fab_engin
 /* "auto": local, and the best network provider that opens here. */
 static int open_auto(struct fab_engine *e, const fab_engine_config *c)
 {
-    static const char *const networks[] = {"efa", "tcp"};
+    static const char *const networks[] = {"efa", "verbs", "tcp"};
     int rc = open_provider(e, "local", c);
     for (size_t i = 0; !rc && i < sizeof networks / sizeof *networks; i++) {
         uint32_t before = e->nic_count;

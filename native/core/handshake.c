@@ -45,8 +45,11 @@ static void drop_lanes(struct fab_peer *p)
 {
     /* Nothing was posted on them, and the other half knows no keys: closing is immediate. */
     for (uint32_t i = 0; i < FAB_MAX_LANES; i++) {
-        if (p->lanes[i])
-            p->lanes[i]->nic->provider->lane_close(p->lanes[i]);
+        struct fab_lane *lane = p->lanes[i];
+        if (lane && lane->nic->provider->lane_abandon)
+            lane->nic->provider->lane_abandon(lane);
+        else if (lane)
+            lane->nic->provider->lane_close(lane);
         p->lanes[i] = NULL;
     }
     p->lane_count = 0;
@@ -220,6 +223,8 @@ void fab_handshake_up(struct fab_peer *p)
     p->welcomed = false;
     p->had_session = true;
     p->last_heard = e->now;
+    for (uint32_t i = 0; i < p->lane_count; i++)
+        p->lanes[i]->established = true;
     fab_messages_begin_session(p);
     atomic_store_explicit(&p->state, FAB_P_UP, memory_order_release);
     e->stats.peers_up++;

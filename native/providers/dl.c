@@ -17,8 +17,6 @@
 
 #include "providers/provider.h"
 
-struct ibv_device;
-
 struct library {
     const char *name;
     const char *file;
@@ -44,11 +42,8 @@ static struct library verbs_library = {
 };
 
 static struct fab_libfabric libfabric;
-static struct {
-    struct ibv_device **(*get_device_list)(int *count);
-    void (*free_device_list)(struct ibv_device **list);
-    const char *(*get_device_name)(struct ibv_device *device);
-} libibverbs;
+static struct fab_libibverbs libibverbs;
+static bool libibverbs_ready;
 
 /* dlopen, after which signals do what they did before. libfabric links libraries (libpsm2,
  * libinfinipath) whose constructors take SIGINT, SIGTERM, SIGSEGV and others to print a backtrace
@@ -115,15 +110,31 @@ static void fabric_load(void)
     libfabric.version = version();
 }
 
+/* The symbol of each function: `ibv_` and its name, but for one that is inline in the header. */
+static const char *verbs_symbol(const char *name, char out[64])
+{
+    const char *prefix = strcmp(name, "query_gid_ex") == 0 ? "_ibv_" : "ibv_";
+
+    (void)snprintf(out, 64, "%s%s", prefix, name);
+    return out;
+}
+
+/* A process that forks must keep what is registered: asked for before the first device is opened,
+ * since later is too late. On kernels from 5.12 there is nothing to do. */
 static void verbs_load(void)
 {
     struct library *lib = &verbs_library;
+    char symbol[64];
 
-    if (library_open(lib) &&
-        library_symbol(lib, "ibv_get_device_list", "IBVERBS_1.1", &libibverbs.get_device_list) &&
-        library_symbol(lib, "ibv_free_device_list", "IBVERBS_1.1", &libibverbs.free_device_list))
-        (void)library_symbol(lib, "ibv_get_device_name", "IBVERBS_1.1",
-                             &libibverbs.get_device_name);
+    if (!library_open(lib))
+        return;
+#define LOAD(result, name, version, arguments)                                        \
+    if (!library_symbol(lib, verbs_symbol(#name, symbol), version, &libibverbs.name)) \
+        return;
+    FAB_IBV_FUNCTIONS(LOAD)
+#undef LOAD
+    (void)libibverbs.fork_init();
+    libibverbs_ready = true;
 }
 
 const struct fab_libfabric *fab_libfabric(void)
@@ -137,36 +148,15 @@ const struct fab_libfabric *fab_libfabric(void)
     return NULL;
 }
 
-static bool verbs_ready(void)
+const struct fab_libibverbs *fab_libibverbs(void)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
 
     (void)pthread_once(&once, verbs_load);
-    if (libibverbs.get_device_name)
-        return true;
+    if (libibverbs_ready)
+        return &libibverbs;
     fab_fail_text("%s", verbs_library.why);
-    return false;
-}
-
-int fab_verbs_unavailable(void)
-{
-    char names[160] = "";
-    size_t used = 0;
-    int count = 0;
-
-    if (!verbs_ready())
-        return -ENOENT;
-    struct ibv_device **list = libibverbs.get_device_list(&count);
-    for (int i = 0; list && i < count && used < sizeof(names); i++)
-        used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", i ? ", " : "",
-                                 libibverbs.get_device_name(list[i]));
-    if (list)
-        libibverbs.free_device_list(list);
-    if (count > 0)
-        fab_fail_text("this version has no verbs provider yet; RDMA devices found: %s", names);
-    else
-        fab_fail_text("this machine has no RDMA device (libibverbs lists none)");
-    return -ENODEV;
+    return NULL;
 }
 
 static const char *real_path(const struct library *lib, char buffer[PATH_MAX])
@@ -199,7 +189,7 @@ int fab_library(const char *name, char *path, uint32_t path_size, char *version,
         (void)snprintf(version, version_size, "%u.%u", FI_MAJOR(libfabric.version),
                        FI_MINOR(libfabric.version));
     } else if (strcmp(name, verbs_library.name) == 0) {
-        if (!verbs_ready())
+        if (!fab_libibverbs())
             return FAB_E_UNAVAILABLE;
         file = real_path(&verbs_library, buffer);
         (void)snprintf(version, version_size, "%s", version_in(file));

@@ -83,6 +83,11 @@ struct fab_sink {
                   uint32_t length);
     /* The lane is unusable. Reported once; lane_close() must follow. */
     void (*lane_down)(struct fab_lane *lane, int error, const char *text);
+    /* A frame that lane_send() took and that may not have arrived: the lane broke, or closes.
+     * May be NULL. */
+    void (*frame_lost)(struct fab_lane *lane, const uint8_t *bytes, uint32_t length);
+    /* info.up changed: the NIC went down, or is back. May be NULL. */
+    void (*nic_state)(struct fab_nic *nic, const char *text);
     /* `origin` died before it was dropped; it is freed on return. */
     void (*origin_gone)(struct fab_nic *nic, struct fab_origin *origin);
     /* Local provider: memory of our region `number`, for a copy that a peer asks us to make.
@@ -110,6 +115,7 @@ struct fab_lane {
     void *peer;                 /* of the core; NULL until it says so */
     uint32_t number;            /* among the peer's lanes */
     uint32_t window;            /* work requests that may be outstanding */
+    bool established;           /* the core: the peer has connected its half, too */
     uint8_t blob[FAB_BLOB_MAX]; /* what the peer's lane_connect() needs */
     uint32_t blob_len;
 };
@@ -120,6 +126,7 @@ struct fab_nic_options {
     void *engine;
     uint32_t index;
     const uint8_t *engine_id; /* FAB_ENGINE_ID_BYTES */
+    int64_t peer_timeout_ns;
 };
 
 struct fab_provider {
@@ -141,6 +148,9 @@ struct fab_provider {
      * called again with another blob. */
     int (*lane_connect)(struct fab_lane *lane, const uint8_t *blob, uint32_t length);
     int (*lane_close)(struct fab_lane *lane);
+    /* lane_close() of a lane on which no session began: the provider may finish in its own time.
+     * NULL: lane_close() is immediate then. */
+    void (*lane_abandon)(struct fab_lane *lane);
     /* Sends one control frame, in order with other frames of this lane where the provider keeps
      * order. `attach`: the frame grants this registration (may be NULL). -EAGAIN: later. */
     int (*lane_send)(struct fab_lane *lane, const uint8_t *bytes, uint32_t length,
