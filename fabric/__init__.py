@@ -16,7 +16,8 @@ from ._guard import refuse_other_fabric
 
 refuse_other_fabric()
 
-from ._counter import CounterBlock, ImmCounter  # noqa: E402 - only once nothing is in the way
+from . import topology as topology  # noqa: E402 - only once nothing is in the way
+from ._counter import CounterBlock, ImmCounter  # noqa: E402
 from ._descriptor import Descriptor  # noqa: E402
 from ._engine import TransferEngine  # noqa: E402
 from ._errors import (  # noqa: E402

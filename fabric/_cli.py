@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
+from . import __version__, topology
 from ._env import VARIABLES
-from ._errors import FabricError, text_of
+from ._errors import FabricError, InvalidArgument, text_of
 from ._native import ffi, lib
 from ._nics import PROVIDERS, Nic, list_nics
 
@@ -30,9 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     info = commands.add_parser(
         "info",
-        help="libraries, providers and NICs of this machine",
+        help="libraries, providers, NICs and topology of this machine",
         description="Say which libraries were loaded, which providers work here with which NICs, "
-        "and why others do not. Exit status: 0 if any provider works, 1 if none does.",
+        "and why others do not; draw the machine's GPUs and NICs as a tree, and propose NICs and "
+        "a CPU for each GPU. Exit status: 0 if any provider works, 1 if none does.",
+    )
+    info.add_argument(
+        "--sysfs",
+        metavar="ROOT",
+        help="take the tree from a copy of another machine's sysfs",
     )
     shape = info.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print JSON")
@@ -43,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.env:
         print_env()
         return 0
-    facts = gather()
+    try:
+        facts = gather(options.sysfs)
+    except InvalidArgument as error:
+        info.error(str(error))
     if options.json:
         json.dump(facts, sys.stdout, indent=2)
         print()
@@ -52,8 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if any(provider["nics"] for provider in facts["providers"]) else 1
 
 
-def gather() -> dict[str, Any]:
-    """Return everything that ``fabric info`` prints, as JSON has it."""
+def gather(sysfs: str | None = None) -> dict[str, Any]:
+    """Return everything that ``fabric info`` prints, as JSON has it.
+
+    Raises:
+        InvalidArgument: the root is no sysfs.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return {
         "version": __version__,
@@ -63,6 +76,7 @@ def gather() -> dict[str, Any]:
         "memlock_bytes": {"soft": _limit(soft), "hard": _limit(hard)},
         "providers": [_provider(name) for name in PROVIDERS],
         "libraries": [_library(name) for name in LIBRARIES],
+        "topology": _topology(sysfs),
         "environment": {variable.name: variable.value for variable in VARIABLES},
     }
 
@@ -93,6 +107,17 @@ def _provider(name: str) -> dict[str, Any]:
     return {"name": name, "nics": [dataclasses.asdict(nic) for nic in nics], "reason": reason}
 
 
+def _topology(sysfs: str | None) -> dict[str, Any]:
+    machine = topology.read() if sysfs is None else topology.read(sysfs)
+    allowed = None if sysfs is None else machine.cpus  # our own affinity says nothing of those
+    proposals = [machine.propose(device, allowed=allowed) for device in machine.gpus or ("cpu",)]
+    return {
+        **machine.facts(),
+        "tree": machine.tree(),
+        "proposals": [proposal.facts() for proposal in proposals],
+    }
+
+
 def print_facts(facts: dict[str, Any]) -> None:
     """Print what `gather` returned, one fact to a line."""
     print(f"llm-fabric {facts['version']}")
@@ -109,6 +134,23 @@ def print_facts(facts: dict[str, Any]) -> None:
             print(f"    {_nic(nic)}")
         if provider["reason"]:
             print(f"    {provider['reason']}")
+    print_topology(facts["topology"])
+
+
+def print_topology(facts: dict[str, Any]) -> None:
+    """Print the tree, and what each GPU should take."""
+    print("topology:")
+    for line in facts["tree"].splitlines():
+        print(f"    {line}")
+    print("proposals:")
+    for proposal in facts["proposals"]:
+        print(f"    {_proposal(proposal)}")
+
+
+def _proposal(proposal: dict[str, Any]) -> str:
+    nics = f"{proposal['provider']} {','.join(proposal['nics'])}" if proposal["nics"] else "no NICs"
+    cpu = "no CPU" if proposal["cpu"] is None else f"CPU {proposal['cpu']}"
+    return f"{proposal['device']}: {nics}, {cpu} ({proposal['reason']})"
 
 
 def _memlock(limits: dict[str, int | None]) -> str:

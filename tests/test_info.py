@@ -12,6 +12,7 @@ import pytest
 
 import fabric
 from fabric import _env
+from tests.test_topology import Tree, dgx_h100, laptop
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 
@@ -46,6 +47,45 @@ def test_info_as_json_agrees(tmp_path: Path) -> None:
     assert providers["local"]["nics"][0]["up"] is True
     for provider in providers.values():
         assert bool(provider["nics"]) != bool(provider["reason"])
+
+
+def test_the_topology_of_this_machine_is_shown(tmp_path: Path) -> None:
+    lines = run(tmp_path, "info").stdout.splitlines()
+    assert "topology:" in lines
+    assert "proposals:" in lines
+    facts = json.loads(run(tmp_path, "info", "--json").stdout)["topology"]
+    assert facts["tree"] == fabric.topology.read().tree()
+    assert facts["proposals"]
+
+
+def test_a_recorded_machine_is_drawn_with_what_each_gpu_should_take(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "dgx")
+    dgx_h100(tree)
+    lines = run(tmp_path, "info", "--sysfs", str(tree.root)).stdout.splitlines()
+    assert "    NUMA node 1, CPUs 56-111,168-223" in lines
+    assert sum("  GPU " in line for line in lines) == 8 + 8  # in the tree and below it
+    last = "GPU 7 0000:df:00.0: verbs mlx5_11, CPU 98"
+    why = "1 of 1 NICs under the same PCIe switch; a CPU of NUMA node 1"
+    assert lines[-1] == f"    {last} ({why})"
+    facts = json.loads(run(tmp_path, "info", "--json", "--sysfs", str(tree.root)).stdout)
+    machine = facts["topology"]
+    assert machine["proposals"][2]["nics"] == ["mlx5_4"]
+    assert machine["proposals"][2]["distance"] == "PIX"
+    assert machine["gpus"][0]["pci"]["device"] == "2330"
+    assert machine["nics"][0]["pci"]["path"][0] == "pci0000:15"
+    assert machine["numa_nodes"][0]["cpus"] == "0-55,112-167"
+
+
+def test_a_machine_with_nothing_is_drawn_as_well(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "laptop")
+    laptop(tree)
+    text = run(tmp_path, "info", "--sysfs", str(tree.root)).stdout
+    assert "    no GPU, no RDMA device\n" in text
+    assert "no NICs, CPU 1 (no RDMA device; a CPU of NUMA node 0)" in text
+
+
+def test_what_is_no_sysfs_is_refused(tmp_path: Path) -> None:
+    assert "no sysfs" in run(tmp_path, "info", "--sysfs", str(tmp_path), status=2).stderr
 
 
 def test_a_missing_library_is_named_with_the_reason(tmp_path: Path) -> None:
