@@ -62,6 +62,9 @@ class EngineStats:
     handshakes_refused: int
     peers_up: int
     peers_lost: int
+    lanes_lost: int  # broke while their session went on
+    lanes_restored: int  # of these, opened again
+    nics_lost: int  # times that a NIC of this engine went down
     regions: int
     counters: int
     remotes: int  # imported descriptors

@@ -368,7 +368,8 @@ static void end_sessions(struct fab_engine *e)
             return;
         usleep(1000);
     }
-    fab_log(FAB_LOG_WARN, "closed while a peer was inside a write; its lane is left behind");
+    fab_log(FAB_LOG_WARN,
+            "closed while a peer was inside a write, or a lane being connected: its NIC ends it");
 }
 
 int fab_engine_close(fab_engine *e, int64_t timeout)

@@ -33,6 +33,7 @@
 #define FAB_TICK_NS (10 * NS_PER_MS)
 #define FAB_NAP_NS (500 * NS_PER_US)
 #define FAB_HELLO_EVERY_NS (100 * NS_PER_MS)
+#define FAB_CONTACT_NS NS_PER_S    /* that one lane is tried for first contact */
 #define FAB_GRANTS_ASKED 4          /* GRANT_REQ of one session without an answer */
 #define FAB_VOIDS_PENDING 1024      /* ids of one peer still to be told void */
 #define FAB_VOIDS_PER_FRAME 256
@@ -185,6 +186,29 @@ struct fab_fragment {
     uint8_t bytes[FAB_FRAGMENT_MAX];
 };
 
+/* FRESH: opened by a handshake that is under way. BROKEN: to be closed. OFFERED, ANSWERED: half of
+ * an attempt to open it again. */
+enum fab_lane_state {
+    FAB_L_FRESH,
+    FAB_L_UP,
+    FAB_L_BROKEN,
+    FAB_L_GONE,
+    FAB_L_OFFERED,
+    FAB_L_ANSWERED
+};
+
+struct fab_lane_life {
+    enum fab_lane_state state;
+    uint32_t nic;    /* ours */
+    uint32_t serial; /* how often it was opened in this session */
+    uint32_t weight; /* speed, relative to the peer's other lanes */
+    int64_t credit;  /* of the weighted round robin */
+    int64_t since, retry_at;
+    uint32_t tries; /* to open it again, since it or a NIC was last up */
+    bool due_down, due_open, due_opened, due_ready, due_wanted;
+    char text[FAB_TEXT_MAX];
+};
+
 struct fab_peer {
     struct fab_slot slot;
     struct fab_engine *engine;
@@ -217,7 +241,11 @@ struct fab_peer {
     uint32_t lane_nic[FAB_MAX_LANES]; /* the peer's NIC of each lane */
     fab_key doorbells[FAB_MAX_LANES]; /* of that NIC */
     uint32_t lane_outstanding[FAB_MAX_LANES];
-    uint32_t lane_count, lane_next;
+    struct fab_lane_life life[FAB_MAX_LANES];
+    uint32_t lane_count;
+    uint32_t contact;  /* the lane of the handshake, and of control frames while it works */
+    int64_t contact_until; /* when another lane is tried for first contact */
+    bool lanes_broken; /* fab_lanes_serve() has something to do */
     bool in_business; /* as of the last tick */
     bool ending; /* to be ended in this turn */
     bool no_fence;
@@ -232,7 +260,7 @@ struct fab_peer {
     uint32_t *voids;
     struct {
         uint64_t region, secret;
-    } asked[FAB_GRANTS_ASKED]; /* grants the peer waits for */
+    } asked[2 * FAB_GRANTS_ASKED]; /* grants the peer waits for; each may come twice */
     uint32_t asked_count;
     uint32_t grants_open;      /* grants we wait for */
     uint32_t quiesce_open;     /* regions that it has not let go of yet */

@@ -65,6 +65,7 @@ void fab_put_hello(struct fab_writer *w, struct fab_hello *h)
     fab_put_u32(w, h->nic_count);
     fab_put_u32(w, h->lane_count);
     fab_put_u32(w, h->fragments);
+    fab_put_u32(w, h->contact);
     fab_put_u64(w, h->peer_timeout);
     fab_put(w, h->nonce, sizeof h->nonce);
     fab_put(w, h->cookie, sizeof h->cookie);
@@ -73,6 +74,7 @@ void fab_put_hello(struct fab_writer *w, struct fab_hello *h)
         fab_put_u32(w, h->lanes[i].from_nic);
         fab_put_u32(w, h->lanes[i].to_nic);
         fab_put_u32(w, h->lanes[i].blob_len);
+        fab_put_u32(w, h->lanes[i].speed);
         fab_put_u64(w, h->lanes[i].doorbell.addr);
         fab_put_u64(w, h->lanes[i].doorbell.rkey);
         fab_put(w, h->lanes[i].blob, FAB_BLOB_MAX);
@@ -145,6 +147,7 @@ static void read_lanes(struct fab_reader *r, struct fab_hello *h)
         h->lanes[i].from_nic = fab_get_u32(r);
         h->lanes[i].to_nic = fab_get_u32(r);
         h->lanes[i].blob_len = fab_get_u32(r);
+        h->lanes[i].speed = fab_get_u32(r);
         h->lanes[i].doorbell.addr = fab_get_u64(r);
         h->lanes[i].doorbell.rkey = fab_get_u64(r);
         fab_get(r, h->lanes[i].blob, FAB_BLOB_MAX);
@@ -165,13 +168,14 @@ int fab_read_hello(struct fab_reader *r, struct fab_hello *h)
     h->nic_count = fab_get_u32(r);
     h->lane_count = fab_get_u32(r);
     h->fragments = fab_get_u32(r);
+    h->contact = fab_get_u32(r);
     h->peer_timeout = fab_get_u64(r);
     fab_get(r, h->nonce, sizeof h->nonce);
     fab_get(r, h->cookie, sizeof h->cookie);
     fab_get(r, h->label, sizeof h->label);
     if (h->lane_count < 1 || h->lane_count > FAB_MAX_LANES || h->nic_count < 1 ||
-        h->nic_count > FAB_MAX_NICS || h->fragments < FAB_MESSAGE_FRAMES || !h->session ||
-        h->label[sizeof h->label - 1])
+        h->nic_count > FAB_MAX_NICS || h->contact >= h->lane_count ||
+        h->fragments < FAB_MESSAGE_FRAMES || !h->session || h->label[sizeof h->label - 1])
         return -EPROTO;
     read_lanes(r, h);
     h->signed_bytes = r->at - start;

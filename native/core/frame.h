@@ -37,7 +37,12 @@ enum fab_frame_type {
     FAB_F_GRANT,
     FAB_F_QUIESCE,
     FAB_F_QUIESCED,
-    FAB_F_LAST = FAB_F_QUIESCED,
+    FAB_F_LANE_DOWN,
+    FAB_F_LANE_OPEN,
+    FAB_F_LANE_OPENED,
+    FAB_F_LANE_READY,
+    FAB_F_LANE_WANTED,
+    FAB_F_LAST = FAB_F_LANE_WANTED,
 };
 
 struct fab_header {
@@ -50,11 +55,13 @@ struct fab_hello {
     uint8_t from[FAB_ENGINE_ID_BYTES], to[FAB_ENGINE_ID_BYTES];
     uint64_t session, answers;
     uint32_t kind, nic_count, lane_count, fragments;
+    uint32_t contact; /* the lane that this frame is sent over */
     uint64_t peer_timeout;
     uint8_t nonce[16], cookie[16];
     char label[FAB_NAME_MAX];
     struct {
         uint32_t from_nic, to_nic, blob_len;
+        uint32_t speed;   /* of the sender's NIC, Mbit/s; 0: unknown */
         fab_key doorbell; /* of the sender's NIC */
         uint8_t blob[FAB_BLOB_MAX];
     } lanes[FAB_MAX_LANES];

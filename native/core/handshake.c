@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "message.h"
 #include "peer.h"
 #include "session.h"
@@ -53,6 +54,7 @@ static void drop_lanes(struct fab_peer *p)
         p->lanes[i] = NULL;
     }
     p->lane_count = 0;
+    fab_lanes_forget(p);
 }
 
 static int add_lane(struct fab_peer *p, struct fab_nic *nic, struct fab_origin *origin,
@@ -67,13 +69,37 @@ static int add_lane(struct fab_peer *p, struct fab_nic *nic, struct fab_origin *
     p->lanes[i]->peer = p;
     p->lanes[i]->number = i;
     p->lane_nic[i] = peer_nic;
+    p->life[i] = (struct fab_lane_life){.nic = nic->index, .weight = 1};
     p->lane_outstanding[i] = 0;
     p->lane_count++;
     p->provider = nic->provider;
     return 0;
 }
 
-/* Opens our halves of the lanes of one kind, and points the first at the peer's NIC. */
+/* Points the lane of first contact at the peer's NIC. */
+static int point_at_nic(struct fab_peer *p)
+{
+    const fab_nic_info *to = &p->nics[p->lane_nic[p->contact]];
+    p->contact_until = p->engine->now + FAB_CONTACT_NS;
+    return p->provider->lane_connect(p->lanes[p->contact], to->blob, to->blob_len);
+}
+
+/* The lane of first contact broke, or nobody answers there: the next one's turn. */
+static void next_contact(struct fab_peer *p)
+{
+    for (uint32_t k = 1; k <= p->lane_count; k++) {
+        uint32_t i = (p->contact + k) % p->lane_count;
+        if (p->life[i].state != FAB_L_FRESH || (i == p->contact && p->active))
+            continue;
+        p->contact = i;
+        if (p->active && point_at_nic(p))
+            fab_lane_broke(p->lanes[i], fab_take_reason(-EIO));
+        break;
+    }
+    p->contact_until = p->engine->now + FAB_CONTACT_NS;
+}
+
+/* Opens our halves of the lanes of one kind, and points one at the peer's NIC. */
 static int try_kind(struct fab_peer *p, int kind)
 {
     struct fab_engine *e = p->engine;
@@ -88,10 +114,11 @@ static int try_kind(struct fab_peer *p, int kind)
     int rc = 0;
     for (uint32_t i = 0; i < lanes && !rc; i++)
         rc = add_lane(p, e->nics[ours[i % n]], NULL, theirs[i % m]);
-    if (!rc) {
-        const fab_nic_info *to = &p->nics[theirs[0]];
-        rc = p->provider->lane_connect(p->lanes[0], to->blob, to->blob_len);
-    }
+    for (uint32_t i = lanes; i-- > 0 && !rc;)
+        if (p->lanes[i]->nic->info.up)
+            p->contact = i;
+    if (!rc)
+        rc = point_at_nic(p);
     if (rc)
         drop_lanes(p);
     return rc;
@@ -115,6 +142,7 @@ static bool send_hello(struct fab_peer *p, bool welcome)
                           .nic_count = e->nic_count,
                           .lane_count = p->lane_count,
                           .fragments = FAB_MESSAGE_FRAMES,
+                          .contact = p->contact,
                           .peer_timeout = (uint64_t)e->config.peer_timeout_ns};
     memcpy(h.from, e->id, sizeof h.from);
     memcpy(h.to, p->id, sizeof h.to);
@@ -125,6 +153,7 @@ static bool send_hello(struct fab_peer *p, bool welcome)
         h.lanes[i].from_nic = p->lanes[i]->nic->index;
         h.lanes[i].to_nic = p->lane_nic[i];
         h.lanes[i].blob_len = p->lanes[i]->blob_len;
+        h.lanes[i].speed = (uint32_t)(p->lanes[i]->nic->info.speed_bps / 1000000);
         h.lanes[i].doorbell = p->lanes[i]->nic->info.doorbell;
         memcpy(h.lanes[i].blob, p->lanes[i]->blob, FAB_BLOB_MAX);
     }
@@ -208,6 +237,9 @@ void fab_handshake_tick(struct fab_peer *p)
                  (double)e->config.peer_timeout_ns / 1e9, p->provider ? p->provider->name : "none");
         fab_session_doom(p, FAB_E_UNREACHABLE, text);
     } else if (e->now >= p->next_hello) {
+        bool broken = p->life[p->contact].state != FAB_L_FRESH;
+        if (broken || (p->active && e->now >= p->contact_until))
+            next_contact(p);
         p->next_hello = e->now + FAB_HELLO_EVERY_NS;
         if (p->active)
             send_hello(p, false);
@@ -223,8 +255,7 @@ void fab_handshake_up(struct fab_peer *p)
     p->welcomed = false;
     p->had_session = true;
     p->last_heard = e->now;
-    for (uint32_t i = 0; i < p->lane_count; i++)
-        p->lanes[i]->established = true;
+    fab_lanes_begin(p);
     fab_messages_begin_session(p);
     atomic_store_explicit(&p->state, FAB_P_UP, memory_order_release);
     e->stats.peers_up++;
@@ -294,6 +325,7 @@ static bool mac_ok(const struct fab_engine *e, const struct fab_reader *r,
 static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct fab_reader *r)
 {
     struct fab_hello h;
+    uint32_t speeds[FAB_MAX_LANES];
     if (fab_read_hello(r, &h) || !welcome_is_ours(p, &h) || head->session != p->mine) {
         p->engine->stats.frames_refused++;
         return;
@@ -311,14 +343,16 @@ static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct
     }
     for (uint32_t i = 0; i < p->lane_count; i++) {
         p->doorbells[i] = h.lanes[i].doorbell;
-        if (!h.lanes[i].blob_len)
+        speeds[i] = h.lanes[i].speed;
+        if (!h.lanes[i].blob_len || p->life[i].state != FAB_L_FRESH)
             continue;
         int rc = p->provider->lane_connect(p->lanes[i], h.lanes[i].blob, h.lanes[i].blob_len);
-        if (rc) {
-            fab_session_doom(p, FAB_E_UNREACHABLE, fab_take_reason(rc));
+        if (rc)
+            fab_lane_broke(p->lanes[i], fab_take_reason(rc));
+        if (p->ending)
             return;
-        }
     }
+    fab_lanes_weigh(p, speeds);
     p->theirs = h.session;
     memcpy(p->label, h.label, sizeof p->label);
     p->due_ready = true;
@@ -389,15 +423,20 @@ static int open_their_lanes(struct fab_peer *p, struct fab_nic *nic, struct fab_
                             const struct fab_hello *h)
 {
     struct fab_engine *e = p->engine;
+    uint32_t speeds[FAB_MAX_LANES];
     for (uint32_t i = 0; i < h->lane_count; i++) {
-        struct fab_nic *on = i ? e->nics[h->lanes[i].to_nic] : nic;
+        /* An origin is a connection, on the NIC where it came in. */
+        struct fab_nic *on = origin && !i ? nic : e->nics[h->lanes[i].to_nic];
         int rc = add_lane(p, on, i ? NULL : origin, h->lanes[i].from_nic);
+        speeds[i] = h->lanes[i].speed;
         p->doorbells[i] = h->lanes[i].doorbell;
         if (!rc && h->lanes[i].blob_len)
             rc = on->provider->lane_connect(p->lanes[i], h->lanes[i].blob, h->lanes[i].blob_len);
         if (rc)
             return rc;
     }
+    p->contact = h->contact;
+    fab_lanes_weigh(p, speeds);
     return 0;
 }
 
@@ -474,6 +513,8 @@ static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello
     }
     if ((state == FAB_P_UP || state == FAB_P_CONNECTING) && !p->ending && p->theirs == h->session) {
         p->due_welcome = !p->active; /* it did not get ours */
+        if (!p->active && h->contact < p->lane_count)
+            p->contact = h->contact; /* where it hears */
         fab_peer_busy(p);
         return DROP;
     }

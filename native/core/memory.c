@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "lanes.h"
 #include "peer.h"
 #include "session.h"
 #include "worker.h"
@@ -330,7 +331,7 @@ int fab_region_get_info(fab_engine *e, int64_t region, fab_region_info *out)
 void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
 {
     uint64_t region = fab_get_u64(r), secret = fab_get_u64(r);
-    if (r->bad || p->asked_count == FAB_GRANTS_ASKED) {
+    if (r->bad || p->asked_count == 2 * FAB_GRANTS_ASKED) {
         r->bad = true; /* one that asks more than it may is answered nothing */
         return;
     }
@@ -338,9 +339,10 @@ void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
     p->asked[p->asked_count++].secret = secret;
 }
 
-static int check_grant(struct fab_peer *p, const struct fab_region *r, uint64_t secret)
+static int check_grant(const struct fab_peer *p, const struct fab_region *r, uint64_t secret,
+                       uint32_t nic)
 {
-    if (!r || r->quiescing || r->secret != secret || !r->mrs[p->lanes[0]->nic->index])
+    if (!r || r->quiescing || r->secret != secret || !r->mrs[nic])
         return FAB_E_INVALID;
     return r->restricted && memcmp(r->only, p->id, sizeof r->only) ? FAB_E_INVALID : 0;
 }
@@ -349,7 +351,9 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
 {
     struct fab_engine *e = p->engine;
     struct fab_region *r = fab_slot_get(&e->regions, (int64_t)number);
-    int code = check_grant(p, r, secret);
+    const struct fab_lane *lane = fab_lane_for_frames(p);
+    uint32_t nic = lane ? lane->nic->index : 0;
+    int code = check_grant(p, r, secret, nic);
     struct fab_writer w;
     fab_frame_begin(&w, FAB_F_GRANT, p->theirs);
     fab_put_u64(&w, number);
@@ -357,7 +361,6 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
     fab_put_u32(&w, (uint32_t)code);
     fab_put_u32(&w, !code && r->memfd < 0);
     fab_put_u64(&w, code ? 0 : r->length);
-    uint32_t nic = p->lanes[0]->nic->index;
     /* The holder is noted first: from the moment the frame is out, it may write. */
     if (!code)
         set_bit(r->holders, p->slot.index);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "counter.h"
+#include "lanes.h"
 #include "session.h"
 #include "worker.h"
 
@@ -32,7 +33,8 @@ bool fab_peer_has_business(const struct fab_peer *p)
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
            p->inflight.head || p->sending.head || p->sent.head || p->grants_open || p->void_count ||
-           p->due_quiesce || p->quiesce_open || p->ending || fab_peer_waited_for(p);
+           p->due_quiesce || p->quiesce_open || p->ending || fab_lanes_have_business(p) ||
+           fab_peer_waited_for(p);
 }
 
 /* A peer that nothing refers to and that has no session makes room for a new one. */
@@ -195,7 +197,8 @@ int fab_peer_get_info(fab_engine *e, int64_t handle, fab_peer_info *out)
         fab_lock(e);
         out->state = (int32_t)atomic_load(&p->state);
         out->code = p->code;
-        out->lanes = p->lane_count;
+        for (uint32_t i = 0; i < p->lane_count; i++)
+            out->lanes += fab_lane_works(p, i);
         fab_text(out->label, sizeof out->label, "%s", p->label);
         fab_text(out->provider, sizeof out->provider, "%s", p->provider ? p->provider->name : "");
         fab_text(out->text, sizeof out->text, "%s", p->text);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "message.h"
 #include "peer.h"
 #include "remote.h"
@@ -35,25 +36,26 @@ static void plan_share(struct fab_transfer *t, uint32_t i, struct fab_span span,
                                       .lane = lane};
 }
 
-/* Cuts the transfer into shares, once, when the peer's lanes are known. The lanes take turns at
- * being first, so that small transfers spread too. */
+/* Cuts the transfer into shares, once, when the peer's lanes are known. */
 static void plan(struct fab_transfer *t)
 {
     struct fab_peer *p = t->peer;
-    uint32_t n = 1;
+    uint32_t lanes[FAB_MAX_LANES], weights[FAB_MAX_LANES], n = 1;
     if (t->kind == FAB_K_WRITE)
         n = fab_shard_pieces(t->length, p->lane_count);
     else if (t->kind == FAB_K_PAGES)
         n = t->count < p->lane_count ? (uint32_t)t->count : p->lane_count;
+    n = fab_lanes_pick(p, n, lanes, weights);
+    if (t->kind == FAB_K_WRITE)
+        n = fab_shard_worthy(t->length, n, lanes, weights);
     for (uint32_t i = 0; i < n; i++) {
         struct fab_span span = {0, 0};
         if (t->kind == FAB_K_WRITE)
-            span = fab_shard_bytes(t->length, i, n);
+            span = fab_shard_bytes(t->length, i, n, weights);
         else if (t->kind == FAB_K_PAGES)
-            span = fab_shard_items(t->count, i, n);
-        plan_share(t, i, span, (p->lane_next + i) % p->lane_count);
+            span = fab_shard_items(t->count, i, n, weights);
+        plan_share(t, i, span, lanes[i]);
     }
-    p->lane_next = (p->lane_next + n) % p->lane_count;
     t->share_count = t->shares_open = n;
     t->pieces_left = n;
     t->started = true;
@@ -85,6 +87,8 @@ static int make_ready(struct fab_transfer *t, const char **why)
         if (rc <= 0)
             return rc;
     }
+    if (!fab_lane_for_frames(t->peer))
+        return 0; /* the last lane broke in this turn */
     plan(t);
     if (!t->length || !t->import)
         return 1;
@@ -155,6 +159,8 @@ static void build(const struct fab_transfer *t, uint32_t share, uint64_t n, stru
 static uint32_t share_room(const struct fab_transfer *t, const struct fab_share *s, uint32_t budget)
 {
     const struct fab_lane *lane = t->peer->lanes[s->lane];
+    if (!fab_lane_works(t->peer, s->lane))
+        return 0;
     uint32_t used = t->peer->lane_outstanding[s->lane];
     uint32_t room = lane->window > used ? lane->window - used : 0;
     uint64_t left = s->total - s->posted;
@@ -205,7 +211,7 @@ static int post_chain(struct fab_transfer *t, uint32_t share, uint32_t budget, b
     int taken = lane->nic->provider->post(lane, wrs, (int)n);
     if (taken < 0) {
         fab_text(t->nic, sizeof t->nic, "%s", lane->nic->info.name);
-        fab_session_doom(p, FAB_E_UNREACHABLE, fab_take_reason(taken));
+        fab_lane_broke(lane, fab_take_reason(taken));
         taken = 0;
     }
     count_outstanding(t, s, -((int64_t)n - taken));
@@ -318,16 +324,21 @@ static bool refused(int status)
     return status == -EACCES || status == -EFAULT || status == -EINVAL || status == -EPERM;
 }
 
-static void work_request_failed(struct fab_transfer *t, const struct fab_lane *lane, int status)
+static void work_request_failed(struct fab_transfer *t, struct fab_lane *lane, int status)
 {
     char text[FAB_TEXT_MAX];
     if (atomic_load_explicit(&t->state, memory_order_relaxed) != FAB_T_RUNNING)
         return;
     fab_text(t->nic, sizeof t->nic, "%s", lane->nic->info.name);
     fab_text(text, sizeof text, "a work request failed: %s (%d)", strerror(-status), status);
-    if (!refused(status))
-        fab_session_doom(t->peer, FAB_E_UNREACHABLE, text);
-    fab_transfer_fail(t, refused(status) ? FAB_E_FAILED : FAB_E_UNREACHABLE, text);
+    struct fab_peer *p = t->peer;
+    if (p->life[lane->number].state == FAB_L_BROKEN)
+        fab_text(text, sizeof text, "%.230s", p->life[lane->number].text);
+    else if (!refused(status))
+        fab_lane_broke(lane, text);
+    uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    bool lost = p->ending || state != FAB_P_UP;
+    fab_transfer_fail(t, lost && !refused(status) ? FAB_E_UNREACHABLE : FAB_E_FAILED, text);
 }
 
 void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
@@ -353,6 +364,49 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
     fab_transfer_put(e, t);
     if (p->queue.head)
         fab_peer_busy(p);
+}
+
+/* ---- a lane is gone ---- */
+
+/* Gives what the lane did not begin to another one; the number of pieces stays. False: a range was
+ * half done. Its first parts are acknowledged, but only what follows on the same lane proves that
+ * they are visible. */
+static bool move_share(struct fab_transfer *t, uint32_t i, uint32_t lane)
+{
+    struct fab_share *s = &t->shares[i];
+    uint64_t done = s->posted / s->per_range;
+    if (s->posted % s->per_range)
+        return false;
+    plan_share(t, i, (struct fab_span){s->begin, s->end}, lane);
+    s->posted = done * s->per_range;
+    return t->peer->lane_nic[lane] < (t->import ? t->import->key_count : FAB_MAX_NICS) &&
+           (!t->region || t->region->mrs[t->peer->lanes[lane]->nic->index]);
+}
+
+static void leave_lane(struct fab_transfer *t, uint32_t lane, const char *name, const char *text)
+{
+    uint32_t to[FAB_MAX_LANES], weights[FAB_MAX_LANES];
+    for (uint32_t i = 0; i < t->share_count; i++) {
+        struct fab_share *s = &t->shares[i];
+        if (s->lane != lane || s->posted == s->total)
+            continue;
+        if (fab_lanes_pick(t->peer, 1, to, weights) && move_share(t, i, to[0]))
+            continue;
+        fab_text(t->nic, sizeof t->nic, "%s", name);
+        fab_transfer_fail(t, FAB_E_FAILED, text);
+        return;
+    }
+}
+
+void fab_post_lane_gone(struct fab_peer *p, uint32_t lane, const char *text)
+{
+    const char *name = p->engine->nics[p->life[lane].nic]->info.name;
+    for (struct fab_transfer *t = p->queue.head, *next; t; t = next) {
+        next = t->next;
+        if (t->started && atomic_load_explicit(&t->state, memory_order_relaxed) == FAB_T_RUNNING)
+            leave_lane(t, lane, name, text);
+    }
+    fab_peer_busy(p);
 }
 
 /* ---- whole peers ---- */

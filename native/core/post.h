@@ -17,6 +17,8 @@ void fab_post_enqueue(struct fab_transfer *t);
 int fab_post_peer(struct fab_peer *peer);
 /* sink->completed */
 void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status);
+/* A lane of the peer is closed: what it did not begin goes to others. */
+void fab_post_lane_gone(struct fab_peer *peer, uint32_t lane, const char *text);
 /* The session is over: every transfer to the peer drains. */
 void fab_transfers_fail_peer(struct fab_peer *peer, int code, const char *text);
 /* The peer is fenced: what waited for that ends. */

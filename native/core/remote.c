@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "peer.h"
 #include "session.h"
 #include "worker.h"
@@ -130,7 +131,8 @@ static int hold(struct fab_grant *g, uint64_t length, bool pulled, int *fd)
         return 0;
     int owned = *fd;
     *fd = -1;
-    return provider->import(g->peer->lanes[0], g->region, length, owned, pulled, &g->remote);
+    return provider->import(fab_lane_for_frames(g->peer), g->region, length, owned, pulled,
+                            &g->remote);
 }
 
 void fab_remote_on_grant(struct fab_peer *p, struct fab_reader *r, int *fd)

@@ -8,6 +8,7 @@
 
 #include "counter.h"
 #include "handshake.h"
+#include "lanes.h"
 #include "memory.h"
 #include "message.h"
 #include "peer.h"
@@ -21,7 +22,7 @@
 
 bool fab_session_send(struct fab_peer *p, struct fab_writer *w, const struct fab_mr *attach)
 {
-    struct fab_lane *lane = p->lanes[0];
+    struct fab_lane *lane = fab_lane_for_frames(p);
     if (!lane)
         return false;
     fab_frame_end(w);
@@ -29,7 +30,7 @@ bool fab_session_send(struct fab_peer *p, struct fab_writer *w, const struct fab
     if (rc == -EAGAIN)
         return false;
     if (rc < 0) {
-        fab_session_doom(p, FAB_E_UNREACHABLE, fab_take_reason(rc));
+        fab_lane_broke(lane, fab_take_reason(rc));
         return false;
     }
     p->tx_frames++;
@@ -100,6 +101,7 @@ static int flush(struct fab_peer *p)
         n += fab_remote_answer_quiesce(p);
     if (p->due_ack && fab_message_send_ack(p))
         p->due_ack = false, n++;
+    n += fab_lanes_serve(p);
     bool more = p->due_ready || p->due_pong || p->due_voided || p->due_ping || p->asked_count ||
                 p->due_quiesce || p->due_quiesced || p->due_ack || (p->void_count && !p->void_sent);
     if (more)
@@ -127,6 +129,8 @@ static void forget_session(struct fab_peer *p)
     fab_messages_end_session(p);
     p->mine = p->theirs = 0;
     p->lane_count = 0;
+    p->lanes_broken = false;
+    fab_lanes_forget(p);
     p->active = p->welcomed = p->has_cookie = p->ending = false;
     p->due_welcome = p->due_ready = p->due_ping = p->due_pong = p->due_ack = false;
     p->due_voided = p->due_quiesce = p->due_quiesced = false;
@@ -175,10 +179,12 @@ static bool close_lanes(struct fab_peer *p)
 /* What the peer left in our rings before it went counts; only a fence cuts it off. */
 static void take_leftovers(struct fab_peer *p)
 {
-    struct fab_lane *lane = p->lanes[0];
-    for (int i = 0; lane && i < DRAIN_POLLS; i++)
-        if (lane->nic->provider->poll(lane->nic, FAB_EVENTS_PER_TURN) <= 0)
-            return;
+    for (uint32_t k = 0; k < p->lane_count; k++) {
+        struct fab_nic *nic = p->lanes[k] ? p->lanes[k]->nic : NULL;
+        for (int i = 0; nic && i < DRAIN_POLLS; i++)
+            if (nic->provider->poll(nic, FAB_EVENTS_PER_TURN) <= 0)
+                break;
+    }
 }
 
 static void say_goodbye(struct fab_peer *p, int code, const char *text)
@@ -279,6 +285,7 @@ void fab_session_tick(struct fab_peer *p)
         p->in_business = business;
         if (!business)
             break;
+        fab_lanes_tick(p);
         fab_transfers_check_deadlines(p);
         check_silence(p);
         fab_peer_busy(p);
@@ -377,6 +384,21 @@ static void dispatch(struct fab_peer *p, const struct fab_header *h, struct fab_
         break;
     case FAB_F_QUIESCED:
         fab_memory_on_quiesced(p, r);
+        break;
+    case FAB_F_LANE_DOWN:
+        fab_lanes_on_down(p, r);
+        break;
+    case FAB_F_LANE_OPEN:
+        fab_lanes_on_open(p, r);
+        break;
+    case FAB_F_LANE_OPENED:
+        fab_lanes_on_opened(p, r);
+        break;
+    case FAB_F_LANE_READY:
+        fab_lanes_on_ready(p, r);
+        break;
+    case FAB_F_LANE_WANTED:
+        fab_lanes_on_wanted(p, r);
         break;
     default:
         r->bad = true;

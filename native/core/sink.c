@@ -3,6 +3,7 @@
 
 #include "counter.h"
 #include "engine.h"
+#include "lanes.h"
 #include "memory.h"
 #include "post.h"
 #include "session.h"
@@ -21,7 +22,7 @@ static void on_lane_down(struct fab_lane *lane, int error, const char *text)
     struct fab_peer *p = fab_lane_peer(lane);
     (void)error; /* the text says it */
     if (p)
-        fab_session_doom(p, FAB_E_UNREACHABLE, text);
+        fab_lane_broke(lane, text);
 }
 
 const struct fab_sink fab_core_sink = {
@@ -30,6 +31,8 @@ const struct fab_sink fab_core_sink = {
     .frame = fab_session_frame,
     .hello = fab_session_hello,
     .lane_down = on_lane_down,
+    .frame_lost = fab_lane_frame_lost,
+    .nic_state = fab_lanes_nic_state,
     .origin_gone = fab_session_origin_gone,
     .destination = fab_memory_destination,
 };

@@ -206,6 +206,9 @@ typedef struct {
     uint64_t handshakes_refused;
     uint64_t peers_up;
     uint64_t peers_lost;
+    uint64_t lanes_lost;      /* broke while their session went on */
+    uint64_t lanes_restored;  /* of these, opened again */
+    uint64_t nics_lost;       /* times that a NIC of this engine went down */
     uint64_t regions;
     uint64_t counters;
     uint64_t remotes;

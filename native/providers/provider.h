@@ -132,6 +132,7 @@ struct fab_nic_options {
 struct fab_provider {
     const char *name; /* as users write it: "local", "tcp", "efa", "verbs" */
     int kind;         /* FAB_KIND_* */
+    bool repairs;     /* lanes break and come back one by one: sink->frame_lost is called */
 
     /* NICs that could be opened; returns how many. 0 or a negative errno with the reason. */
     int (*list)(fab_nic_info *out, uint32_t max);

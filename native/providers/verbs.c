@@ -88,6 +88,9 @@ static void verbs_nic_close(struct fab_nic *base)
     struct verbs_nic *nic = (struct verbs_nic *)base;
 
     verbs_setup_close(nic);
+    for (uint32_t i = 0; i < nic->lane_slots; i++) /* whose setup ran while their session ended */
+        if (nic->lanes[i])
+            verbs_lane_abandon(&nic->lanes[i]->base);
     if (nic->base.wait_fd >= 0)
         (void)close(nic->base.wait_fd);
     close_queues(nic);
@@ -192,6 +195,7 @@ static void verbs_after_fork(struct fab_nic *base)
 const struct fab_provider fab_provider_verbs = {
     .name = "verbs",
     .kind = FAB_KIND_VERBS,
+    .repairs = true,
     .list = verbs_list,
     .nic_open = verbs_nic_open,
     .nic_close = verbs_nic_close,

@@ -178,6 +178,7 @@ struct verbs_lane {
     struct verbs_blob peer; /* whom it points at; token 0: a NIC */
     struct verbs_way way;
     struct verbs_job job;
+    bool again;     /* it was pointed elsewhere while its setup ran */
     bool pointed;   /* `way` is usable */
     bool connected; /* the queue pairs are */
     bool down;

@@ -193,6 +193,13 @@ int verbs_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_
 
 /* ---- connect ---- */
 
+static void set_up(struct verbs_nic *nic, struct verbs_lane *lane)
+{
+    lane->job.to = lane->peer;
+    lane->job.connect = lane->peer.token != 0;
+    verbs_setup_submit(nic, &lane->job);
+}
+
 int verbs_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t length)
 {
     struct verbs_lane *lane = (struct verbs_lane *)base;
@@ -204,15 +211,15 @@ int verbs_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t leng
     int rc = verbs_blob_read(nic, blob, length, &to);
     if (rc)
         return rc;
-    if (lane->connected || !verbs_setup_revoke(nic, &lane->job)) {
-        fab_fail_text("verbs %s: the lane is being connected already", base->nic->info.name);
+    if (lane->peer.token) {
+        fab_fail_text("verbs %s: the lane is connected already", base->nic->info.name);
         return -EALREADY;
     }
     lane->peer = to;
     lane->pointed = false;
-    lane->job.to = to;
-    lane->job.connect = to.token != 0;
-    verbs_setup_submit(nic, &lane->job);
+    lane->again = !verbs_setup_revoke(nic, &lane->job);
+    if (!lane->again)
+        set_up(nic, lane);
     return 0;
 }
 
@@ -230,6 +237,11 @@ void verbs_lane_ready(struct verbs_lane *lane)
     job->ah = NULL;
     if (lane->abandoned) {
         (void)verbs_lane_close(&lane->base);
+        return;
+    }
+    if (lane->again) {
+        lane->again = false;
+        set_up(nic, lane);
         return;
     }
     if (job->rc) {

@@ -24,7 +24,7 @@ static void check_cut(uint64_t length, uint32_t pieces)
 {
     uint64_t at = 0;
     for (uint32_t i = 0; i < pieces; i++) {
-        struct fab_span span = fab_shard_bytes(length, i, pieces);
+        struct fab_span span = fab_shard_bytes(length, i, pieces, NULL);
         CHECK(span.begin == at && span.end >= at, "share %u of %u of %llu bytes is %llu to %llu", i,
               pieces, (unsigned long long)length, (unsigned long long)span.begin,
               (unsigned long long)span.end);
@@ -43,7 +43,7 @@ static void check_pieces(uint64_t length, uint32_t lanes)
     check_cut(length, n);
     uint64_t least = UINT64_MAX, most = 0;
     for (uint32_t i = 0; i < n; i++) {
-        struct fab_span span = fab_shard_bytes(length, i, n);
+        struct fab_span span = fab_shard_bytes(length, i, n, NULL);
         uint64_t size = span.end - span.begin;
         least = size < least ? size : least;
         most = size > most ? size : most;
@@ -92,7 +92,7 @@ static void check_items(uint64_t count, uint32_t shares)
 {
     uint64_t at = 0, least = UINT64_MAX, most = 0;
     for (uint32_t i = 0; i < shares; i++) {
-        struct fab_span span = fab_shard_items(count, i, shares);
+        struct fab_span span = fab_shard_items(count, i, shares, NULL);
         SAME(span.begin, at);
         CHECK(span.end >= at, "share %u of %u of %llu items ends before it begins", i, shares,
               (unsigned long long)count);
