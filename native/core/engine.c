@@ -250,12 +250,15 @@ static int init_tables(struct fab_engine *e)
     return 0;
 }
 
+/* Without the lock: nobody else is in the engine, not yet or not any more. */
 static void close_nics(struct fab_engine *e)
 {
     fab_regions_unregister(e);
+    fab_lock(e);
     for (uint32_t i = 0; i < e->nic_count; i++)
         e->nics[i]->provider->nic_close(e->nics[i]);
     e->nic_count = 0;
+    fab_unlock(e);
 }
 
 static void fini_tables(struct fab_engine *e)
@@ -391,9 +394,7 @@ int fab_engine_close(fab_engine *e, int64_t timeout)
         fab_unlock(e);
         usleep(100);
     }
-    fab_lock(e);
     close_nics(e);
-    fab_unlock(e);
     close(e->wake_fd);
     return 0;
 }

@@ -74,11 +74,36 @@ void fab_region_put(struct fab_engine *e, struct fab_region *r)
 
 /* ---- registration ---- */
 
+/* Some providers pin the memory, which takes a second for some gigabytes: the others' transfers do
+ * not wait for that. */
+static int register_one(struct fab_engine *e, struct fab_nic *nic, const struct fab_memory *memory,
+                        struct fab_mr **mr, fab_key *key)
+{
+    if (nic->provider->pins)
+        return nic->provider->mr_reg(nic, memory, mr, key);
+    fab_lock(e);
+    int rc = nic->provider->mr_reg(nic, memory, mr, key);
+    fab_unlock(e);
+    return rc;
+}
+
+static void unregister_one(struct fab_engine *e, struct fab_nic *nic, struct fab_mr *mr)
+{
+    if (nic->provider->pins) {
+        nic->provider->mr_dereg(nic, mr);
+        return;
+    }
+    fab_lock(e);
+    nic->provider->mr_dereg(nic, mr);
+    fab_unlock(e);
+}
+
+/* Without the lock. Nobody finds the region any more, or not yet. */
 static void unregister(struct fab_engine *e, struct fab_region *r)
 {
     for (uint32_t i = 0; i < e->nic_count; i++) {
         if (r->mrs[i])
-            e->nics[i]->provider->mr_dereg(e->nics[i], r->mrs[i]);
+            unregister_one(e, e->nics[i], r->mrs[i]);
         r->mrs[i] = NULL;
     }
 }
@@ -95,7 +120,7 @@ static int register_with_nics(struct fab_engine *e, struct fab_region *r)
     uint32_t taken = 0;
     for (uint32_t i = 0; i < e->nic_count; i++) {
         struct fab_nic *nic = e->nics[i];
-        int rc = nic->provider->mr_reg(nic, &memory, &r->mrs[i], &r->keys[i]);
+        int rc = register_one(e, nic, &memory, &r->mrs[i], &r->keys[i]);
         taken += !rc;
         if (!rc)
             continue;
@@ -130,9 +155,7 @@ static struct fab_region *new_region(struct fab_engine *e, uint8_t *base, uint64
 
 static int64_t finish_region(struct fab_engine *e, struct fab_region *r)
 {
-    fab_lock(e);
     int64_t result = register_with_nics(e, r);
-    fab_unlock(e);
     if (!result)
         return fab_slot_handle(r);
     discard_region(e, r);
@@ -500,15 +523,18 @@ static void fence_holders(struct fab_engine *e, struct fab_region *r)
     }
 }
 
+/* Without the lock. */
 static void remove_region(struct fab_engine *e, struct fab_region *r)
 {
     unregister(e, r);
+    fab_lock(e);
     if (r->origin) {
         r->origin->aliases--;
         r->memfd = -1;
     }
     fab_slot_kill(r);
     fab_slot_put(r);
+    fab_unlock(e);
 }
 
 /* Marks it, so that nothing new begins. */
@@ -559,10 +585,10 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
     if (rc) {
         r->quiescing = false;
         atomic_store(&r->closing, false);
-    } else {
-        remove_region(e, r);
     }
     fab_unlock(e);
+    if (!rc)
+        remove_region(e, r);
     return rc;
 }
 

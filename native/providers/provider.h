@@ -3,8 +3,9 @@
  *
  * Contract
  * - All functions of one engine's NICs are called with that engine's progress lock held, by
- *   whichever thread holds it: a provider needs no lock and must not block. The exceptions,
- *   list(), is called without an engine.
+ *   whichever thread holds it: a provider needs no lock and must not block. The exceptions:
+ *   list() is called without an engine; mr_reg() and mr_dereg() of a provider that says so
+ *   (`pins`) take long, and are called without the lock, by several threads at once.
  * - Functions return 0 or a count, or a negative errno. A text for humans goes to
  *   fab_fail_text().
  * - Events reach the core through the sink, from within poll(), post() or lane_close(). A sink
@@ -132,6 +133,7 @@ struct fab_nic_options {
 struct fab_provider {
     const char *name; /* as users write it: "local", "tcp", "efa", "verbs" */
     int kind;         /* FAB_KIND_* */
+    bool pins;        /* see above: registering pins the memory */
     bool repairs;     /* lanes break and come back one by one: sink->frame_lost is called */
 
     /* NICs that could be opened; returns how many. 0 or a negative errno with the reason. */

@@ -195,6 +195,7 @@ static void verbs_after_fork(struct fab_nic *base)
 const struct fab_provider fab_provider_verbs = {
     .name = "verbs",
     .kind = FAB_KIND_VERBS,
+    .pins = true,
     .repairs = true,
     .list = verbs_list,
     .nic_open = verbs_nic_open,

@@ -63,6 +63,8 @@ enum {
     VERBS_RNR_TIMER = 1,     /* 0.01 ms */
 };
 
+#define VERBS_LAST_WQE_NS \
+    2000000u /* lane_close waits for both queue pairs to have let go of theirs */
 #define VERBS_LINGER_NS 50000000u  /* lane_close waits for frames to be taken (BYE) */
 #define VERBS_MAX_WRITE (1ull << 30)
 #define VERBS_ACK_UNIT_NS 4096u    /* an ack timeout of t is this times 2^t */
@@ -185,6 +187,7 @@ struct verbs_lane {
     bool closing;
     bool abandoned; /* closed while its setup ran; freed when that has ended */
     uint32_t inline_bytes;
+    uint32_t last_wqes; /* queue pairs in error that said they take no more receives */
     uint32_t head, tail; /* of ring: sequence numbers */
     uint64_t ring[VERBS_WINDOW]; /* wr_id of the core */
     uint8_t *frames; /* VERBS_FRAME_SENDS of them, from the first frame on */

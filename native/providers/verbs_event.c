@@ -87,6 +87,8 @@ static void imm_came(struct verbs_nic *nic, const struct ibv_wc *wc, struct run 
     struct verbs_lane *lane = verbs_lane_of_qpn(nic, wc->qp_num);
 
     nic->imms.missing++;
+    if (wc->status && lane)
+        lane_broke(lane, wc->status, "receiving an immediate failed");
     if (wc->status || wc->opcode != IBV_WC_RECV_RDMA_WITH_IMM || !lane)
         return;
     uint32_t imm = be32toh(wc->imm_data);
@@ -100,7 +102,9 @@ static void frame_came(struct verbs_nic *nic, const struct ibv_wc *wc)
     uint32_t buffer = (uint32_t)(wc->wr_id >> 8);
     struct verbs_lane *lane = verbs_lane_of_qpn(nic, wc->qp_num);
 
-    if (!wc->status && lane)
+    if (wc->status && lane)
+        lane_broke(lane, wc->status, "receiving a frame failed");
+    else if (lane)
         nic->base.sink->frame(&lane->base, verbs_frame_buffer(nic, buffer), wc->byte_len, -1);
     (void)verbs_frame_recv(nic, buffer); /* fails only where the device is gone */
 }
@@ -206,6 +210,14 @@ static void lane_event(struct verbs_nic *nic, const struct ibv_qp *qp, enum ibv_
     verbs_lane_down(lane, -EIO, text);
 }
 
+static void last_wqe(struct verbs_nic *nic, const struct ibv_qp *qp)
+{
+    struct verbs_lane *lane = verbs_lane_of_qpn(nic, qp->qp_num);
+
+    if (lane)
+        lane->last_wqes++;
+}
+
 static void on_async(struct verbs_nic *nic, const struct ibv_async_event *event)
 {
     switch (event->event_type) {
@@ -213,6 +225,9 @@ static void on_async(struct verbs_nic *nic, const struct ibv_async_event *event)
     case IBV_EVENT_QP_REQ_ERR:
     case IBV_EVENT_QP_ACCESS_ERR:
         lane_event(nic, event->element.qp, event->event_type);
+        break;
+    case IBV_EVENT_QP_LAST_WQE_REACHED:
+        last_wqe(nic, event->element.qp);
         break;
     case IBV_EVENT_CQ_ERR: /* cannot happen while places are accounted for */
     case IBV_EVENT_SRQ_ERR:

@@ -348,6 +348,16 @@ static void stop_pairs(struct verbs_nic *nic, struct verbs_lane *lane)
     (void)nic->lib->modify_qp(lane->frame_qp, &error, IBV_QP_STATE);
 }
 
+/* A queue pair in error holds no receive of the shared queue once it says so; destroyed before, it
+ * may take one along. Not every device says it (rdma_rxe does not), so the wait is short. */
+static void await_last_receives(struct verbs_nic *nic, const struct verbs_lane *lane)
+{
+    uint64_t end = now_ns() + VERBS_LAST_WQE_NS;
+
+    while (lane->connected && lane->last_wqes < 2 && !nic->fatal && now_ns() < end)
+        verbs_async(nic);
+}
+
 static void cancel_writes(struct verbs_lane *lane)
 {
     const struct fab_sink *sink = lane->base.nic->sink;
@@ -382,6 +392,8 @@ int verbs_lane_close(struct fab_lane *base)
         linger(nic, lane);
     if (lane->write_qp && lane->frame_qp)
         stop_pairs(nic, lane);
+    if (first)
+        await_last_receives(nic, lane);
     verbs_cq_drain(nic);
     verbs_events_of(nic, lane);
     if (close_pair(nic, &lane->write_qp) || close_pair(nic, &lane->frame_qp))
