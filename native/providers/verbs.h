@@ -185,6 +185,7 @@ struct verbs_lane {
     bool connected; /* the queue pairs are */
     bool down;
     bool closing;
+    bool lingered; /* on its way out */
     bool abandoned; /* closed while its setup ran; freed when that has ended */
     uint32_t inline_bytes;
     uint32_t last_wqes; /* queue pairs in error that said they take no more receives */

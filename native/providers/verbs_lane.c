@@ -191,6 +191,87 @@ int verbs_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_
     return 0;
 }
 
+/* ---- the end ---- */
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Gives the last frames (a BYE) a short time to be acknowledged. A dead peer never does. */
+static void linger(struct verbs_nic *nic, struct verbs_lane *lane)
+{
+    uint64_t end = now_ns() + VERBS_LINGER_NS;
+
+    while (!lane->down && verbs_frames_out(lane) && now_ns() < end) {
+        verbs_cq_drain(nic);
+        verbs_events_of(nic, lane);
+    }
+}
+
+static void stop_pairs(struct verbs_nic *nic, struct verbs_lane *lane)
+{
+    struct ibv_qp_attr error = {.qp_state = IBV_QPS_ERR};
+
+    (void)nic->lib->modify_qp(lane->write_qp, &error, IBV_QP_STATE);
+    (void)nic->lib->modify_qp(lane->frame_qp, &error, IBV_QP_STATE);
+}
+
+/* A queue pair in error holds no receive of the shared queue once it says so; destroyed before, it
+ * may take one along. Not every device says it (rdma_rxe does not), so the wait is short. */
+static void await_last_receives(struct verbs_nic *nic, const struct verbs_lane *lane)
+{
+    uint64_t end = now_ns() + VERBS_LAST_WQE_NS;
+
+    while (lane->connected && lane->last_wqes < 2 && !nic->fatal && now_ns() < end)
+        verbs_async(nic);
+}
+
+static void cancel_writes(struct verbs_lane *lane)
+{
+    const struct fab_sink *sink = lane->base.nic->sink;
+
+    while (lane->tail != lane->head)
+        sink->completed(&lane->base, lane->ring[lane->tail++ % VERBS_WINDOW], -ECANCELED);
+}
+
+static void forget(struct verbs_nic *nic, struct verbs_lane *lane)
+{
+    nic->lanes[lane->index] = NULL;
+    nic->lane_count--;
+    rebuild_qpns(nic);
+    verbs_ah_retire(nic, lane->way.ah);
+    verbs_cq_release(nic, LANE_PLACES);
+    free(lane);
+}
+
+/* The lane's setup does not run. */
+static int close_idle(struct verbs_nic *nic, struct verbs_lane *lane)
+{
+    bool first = !lane->lingered;
+
+    lane->lingered = true;
+    if (first && lane->base.established)
+        linger(nic, lane);
+    if (lane->write_qp && lane->frame_qp)
+        stop_pairs(nic, lane);
+    if (first)
+        await_last_receives(nic, lane);
+    verbs_cq_drain(nic);
+    verbs_events_of(nic, lane);
+    if (close_pair(nic, &lane->write_qp) || close_pair(nic, &lane->frame_qp))
+        return -EINPROGRESS;
+    verbs_cq_drain(nic); /* so that no later queue pair with the same number inherits anything */
+    verbs_events_of(nic, lane);
+    cancel_writes(lane);
+    verbs_frames_close(lane);
+    forget(nic, lane);
+    return 0;
+}
+
 /* ---- connect ---- */
 
 static void set_up(struct verbs_nic *nic, struct verbs_lane *lane)
@@ -236,7 +317,7 @@ void verbs_lane_ready(struct verbs_lane *lane)
                                    .token = job->to.token};
     job->ah = NULL;
     if (lane->abandoned) {
-        (void)verbs_lane_close(&lane->base);
+        (void)close_idle(nic, lane);
         return;
     }
     if (lane->again) {
@@ -319,68 +400,12 @@ int verbs_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
     return n;
 }
 
-/* ---- close ---- */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* Gives the last frames (a BYE) a short time to be acknowledged. A dead peer never does. */
-static void linger(struct verbs_nic *nic, struct verbs_lane *lane)
-{
-    uint64_t end = now_ns() + VERBS_LINGER_NS;
-
-    while (!lane->down && verbs_frames_out(lane) && now_ns() < end) {
-        verbs_cq_drain(nic);
-        verbs_events_of(nic, lane);
-    }
-}
-
-static void stop_pairs(struct verbs_nic *nic, struct verbs_lane *lane)
-{
-    struct ibv_qp_attr error = {.qp_state = IBV_QPS_ERR};
-
-    (void)nic->lib->modify_qp(lane->write_qp, &error, IBV_QP_STATE);
-    (void)nic->lib->modify_qp(lane->frame_qp, &error, IBV_QP_STATE);
-}
-
-/* A queue pair in error holds no receive of the shared queue once it says so; destroyed before, it
- * may take one along. Not every device says it (rdma_rxe does not), so the wait is short. */
-static void await_last_receives(struct verbs_nic *nic, const struct verbs_lane *lane)
-{
-    uint64_t end = now_ns() + VERBS_LAST_WQE_NS;
-
-    while (lane->connected && lane->last_wqes < 2 && !nic->fatal && now_ns() < end)
-        verbs_async(nic);
-}
-
-static void cancel_writes(struct verbs_lane *lane)
-{
-    const struct fab_sink *sink = lane->base.nic->sink;
-
-    while (lane->tail != lane->head)
-        sink->completed(&lane->base, lane->ring[lane->tail++ % VERBS_WINDOW], -ECANCELED);
-}
-
-static void forget(struct verbs_nic *nic, struct verbs_lane *lane)
-{
-    nic->lanes[lane->index] = NULL;
-    nic->lane_count--;
-    rebuild_qpns(nic);
-    verbs_ah_retire(nic, lane->way.ah);
-    verbs_cq_release(nic, LANE_PLACES);
-    free(lane);
-}
+/* ---- close, and lanes that are given up ---- */
 
 int verbs_lane_close(struct fab_lane *base)
 {
     struct verbs_lane *lane = (struct verbs_lane *)base;
     struct verbs_nic *nic = (struct verbs_nic *)base->nic;
-    bool first = !lane->closing;
 
     lane->closing = true;
     if (!verbs_setup_revoke(nic, &lane->job)) {
@@ -388,29 +413,16 @@ int verbs_lane_close(struct fab_lane *base)
         if (!verbs_setup_revoke(nic, &lane->job))
             return -EINPROGRESS; /* a second or two at the most: the kernel's own limit */
     }
-    if (first && base->established)
-        linger(nic, lane);
-    if (lane->write_qp && lane->frame_qp)
-        stop_pairs(nic, lane);
-    if (first)
-        await_last_receives(nic, lane);
-    verbs_cq_drain(nic);
-    verbs_events_of(nic, lane);
-    if (close_pair(nic, &lane->write_qp) || close_pair(nic, &lane->frame_qp))
-        return -EINPROGRESS;
-    verbs_cq_drain(nic); /* so that no later queue pair with the same number inherits anything */
-    verbs_events_of(nic, lane);
-    cancel_writes(lane);
-    verbs_frames_close(lane);
-    forget(nic, lane);
-    return 0;
+    return close_idle(nic, lane);
 }
 
 void verbs_lane_abandon(struct fab_lane *base)
 {
     struct verbs_lane *lane = (struct verbs_lane *)base;
+    struct verbs_nic *nic = (struct verbs_nic *)base->nic;
 
     base->peer = NULL;
-    lane->abandoned = true;
-    (void)verbs_lane_close(base); /* or else when its setup has ended */
+    lane->closing = lane->abandoned = true;
+    if (verbs_setup_revoke(nic, &lane->job)) /* else when its setup has ended */
+        (void)close_idle(nic, lane);
 }
