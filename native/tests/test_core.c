@@ -106,6 +106,52 @@ static void check_items(uint64_t count, uint32_t shares)
           shares, (unsigned long long)least, (unsigned long long)most);
 }
 
+/* Shares follow each other, add up, and are as large as their weights say, to a block. */
+static void check_weighted(uint64_t length, uint32_t n, const uint32_t *weights)
+{
+    uint64_t at = 0, total = 0;
+    for (uint32_t i = 0; i < n; i++)
+        total += weights[i];
+    for (uint32_t i = 0; i < n; i++) {
+        struct fab_span span = fab_shard_bytes(length, i, n, weights);
+        SAME(span.begin, at);
+        CHECK(span.end >= at && (i + 1 == n || span.end % FAB_SHARD_ALIGN == 0), "share %u", i);
+        double size = (double)(span.end - span.begin);
+        double fair = (double)length * weights[i] / (double)total;
+        CHECK(size > fair - 2 * FAB_SHARD_ALIGN && size < fair + 2 * FAB_SHARD_ALIGN,
+              "share %u of %llu bytes has %.0f, %.0f are fair", i, (unsigned long long)length, size,
+              fair);
+        at = span.end;
+    }
+    SAME(at, length);
+}
+
+static void test_shard_weights(void)
+{
+    static const uint32_t half[] = {1000, 500};
+    SAME(fab_shard_bytes(3 << 20, 0, 2, half).end, 2 << 20);
+    SAME(fab_shard_items(3, 0, 2, half).end, 2);
+    for (int i = 0; i < 20000; i++) {
+        uint32_t lanes[FAB_MAX_LANES], weights[FAB_MAX_LANES];
+        uint32_t n = 1 + (uint32_t)check_random(FAB_MAX_LANES);
+        uint64_t length = check_random(UINT64_C(1) << (1 + check_random(40)));
+        for (uint32_t k = 0; k < n; k++) {
+            lanes[k] = k;
+            weights[k] = 1 + (uint32_t)check_random(1000);
+        }
+        check_weighted(length, n, weights);
+        uint32_t m = fab_shard_worthy(length, n, lanes, weights);
+        CHECK(m >= 1 && m <= n, "%u of %u lanes", m, n);
+        check_weighted(length, m, weights);
+        for (uint32_t k = 0; k < m; k++) {
+            struct fab_span span = fab_shard_bytes(length, k, m, weights);
+            CHECK(m == 1 || span.end > span.begin, "an empty share of %llu bytes on %u lanes",
+                  (unsigned long long)length, m);
+            CHECK(!k || lanes[k] > lanes[k - 1], "lanes out of order");
+        }
+    }
+}
+
 static void test_shard_items(void)
 {
     for (uint32_t shares = 1; shares <= FAB_MAX_LANES; shares++) {
@@ -367,7 +413,9 @@ static void random_hello(struct fab_hello *h)
     h->peer_timeout = check_next(&check_state);
     check_paint(h->nonce, 32, check_next(&check_state));
     memset(h->label, 'l', check_random(FAB_NAME_MAX));
+    h->contact = (uint32_t)check_random(h->lane_count);
     for (uint32_t i = 0; i < h->lane_count; i++) {
+        h->lanes[i].speed = (uint32_t)check_next(&check_state);
         h->lanes[i].from_nic = (uint32_t)check_random(FAB_MAX_NICS);
         h->lanes[i].to_nic = (uint32_t)check_random(FAB_MAX_NICS);
         h->lanes[i].blob_len = (uint32_t)check_random(FAB_BLOB_MAX + 1);
@@ -901,11 +949,14 @@ static void *wait_for_one(void *arg)
     return NULL;
 }
 
-/* Starts a thread that waits for counter `*result`, and gives it time to fall asleep. */
+/* Starts a thread that waits for counter `*result`; returns when it is about to fall asleep. */
 static pthread_t begin_wait(int64_t *result)
 {
     pthread_t thread;
+    int64_t end = check_now() + LONG_ENOUGH;
     CHECK(!pthread_create(&thread, NULL, wait_for_one, result), "no thread");
+    while (!atomic_load(&engine->sleepers))
+        CHECK(check_now() < end, "it does not fall asleep");
     check_sleep(20 * MSEC);
     return thread;
 }
@@ -967,6 +1018,7 @@ int main(int argc, char **argv)
         void (*run)(void);
     } tests[] = {{"shard bytes", test_shard_bytes},
                  {"shard items", test_shard_items},
+                 {"shard weights", test_shard_weights},
                  {"sha256", test_sha256},
                  {"hmac", test_hmac},
                  {"frames", test_frames},
