@@ -55,18 +55,36 @@ static void lane_broke(struct verbs_lane *lane, enum ibv_wc_status status, const
     verbs_lane_down(lane, errno_of(status), text);
 }
 
-/* RC completes in order, and of an unsignalled work request only a failure is told: a success, and
- * the first failure, say that all before succeeded. A flush says nothing of those before it. */
+/* Whether such a completion says that all work requests before it succeeded. RC completes in order,
+ * and of an unsignalled one only a failure is told. So a success proves it, and the first failure
+ * that came as the peer's answer, or as the lack of one to the oldest request. A flush says nothing
+ * of those before it; nor does a local error, which strikes where requests are sent, not where they
+ * are acknowledged (rdma_rxe reports one as soon as a link is down). */
+static bool proves(const struct verbs_lane *lane, enum ibv_wc_status status)
+{
+    switch (status) {
+    case IBV_WC_SUCCESS:
+        return true;
+    case IBV_WC_REM_ACCESS_ERR:
+    case IBV_WC_REM_INV_REQ_ERR:
+    case IBV_WC_REM_OP_ERR:
+    case IBV_WC_RETRY_EXC_ERR:
+    case IBV_WC_RNR_RETRY_EXC_ERR:
+        return !lane->down;
+    default:
+        return false;
+    }
+}
+
 static void write_ended(struct verbs_lane *lane, uint32_t sequence, enum ibv_wc_status status)
 {
     const struct fab_sink *sink = lane->base.nic->sink;
-    bool proves = !status || (status != IBV_WC_WR_FLUSH_ERR && !lane->down);
+    int before = proves(lane, status) ? 0 : -ECANCELED;
 
     if (sequence - lane->tail >= lane->head - lane->tail)
         return; /* not under way */
     while (lane->tail != sequence)
-        sink->completed(&lane->base, lane->ring[lane->tail++ % VERBS_WINDOW],
-                        proves ? 0 : -ECANCELED);
+        sink->completed(&lane->base, lane->ring[lane->tail++ % VERBS_WINDOW], before);
     sink->completed(&lane->base, lane->ring[lane->tail++ % VERBS_WINDOW], errno_of(status));
     if (status)
         lane_broke(lane, status, "a write failed");
