@@ -102,6 +102,8 @@ def test_a_link_goes_down_for_two_seconds(farm: Farm, victim: str) -> None:
         assert end in ("TransferFailed", "PeerUnreachable")
         with pytest.raises((fabric.CounterVoid, fabric.PeerUnreachable)):
             b.wait("count", 49, 2 * TIMEOUT, [a.address])
+        # Who was told that a peer is gone keeps it out until its address is used again.
+        b.call(commands.write_imm, a.address, 7)
     fresh = b.counter("fresh")
     a.write("src", descriptor, imm=fresh)
     assert b.settled("fresh", 1) == 1

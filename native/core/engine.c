@@ -158,7 +158,8 @@ static int open_provider(struct fab_engine *e, const char *name, const fab_engin
     const struct fab_provider *provider = fab_provider_named(name);
     if (!provider)
         return fab_error(FAB_E_INVALID,
-                         "unknown provider \"%s\"; there are local, tcp, efa, verbs, auto", name);
+                         "unknown provider \"%s\"; there are local, tcp, efa, verbs, rxm, auto",
+                         name);
     if (provider->kind == FAB_KIND_LOCAL || !c->nic_count)
         return open_nic(e, provider, NULL);
     int rc = 0;
@@ -272,6 +273,7 @@ static void fini_tables(struct fab_engine *e)
         struct fab_peer *p = fab_slot_at(&e->peers, i);
         free(p->nics);
         free(p->voids);
+        free(p->held_voids);
     }
     touched = atomic_load(&e->transfers.touched);
     for (uint32_t i = 0; i < touched; i++) {

@@ -34,6 +34,7 @@
 #define FAB_NAP_NS (500 * NS_PER_US)
 #define FAB_HELLO_EVERY_NS (100 * NS_PER_MS)
 #define FAB_CONTACT_NS NS_PER_S    /* that one lane is tried for first contact */
+#define FAB_LOST_FRAMES 128            /* of one peer, to be sent again over another lane */
 #define FAB_GRANTS_ASKED 4          /* GRANT_REQ of one session without an answer */
 #define FAB_VOIDS_PENDING 1024      /* ids of one peer still to be told void */
 #define FAB_VOIDS_PER_FRAME 256
@@ -186,15 +187,17 @@ struct fab_fragment {
     uint8_t bytes[FAB_FRAGMENT_MAX];
 };
 
-/* FRESH: opened by a handshake that is under way. BROKEN: to be closed. OFFERED, ANSWERED: half of
- * an attempt to open it again. */
+/* FRESH: opened by a handshake that is under way. BROKEN: to be closed. OFFERED: half of an attempt
+ * to open it again. PROVING, ANSWERED: connected, as far as this side knows; UP when a frame came
+ * over it. */
 enum fab_lane_state {
     FAB_L_FRESH,
     FAB_L_UP,
     FAB_L_BROKEN,
     FAB_L_GONE,
     FAB_L_OFFERED,
-    FAB_L_ANSWERED
+    FAB_L_ANSWERED,
+    FAB_L_PROVING
 };
 
 struct fab_lane_life {
@@ -205,8 +208,16 @@ struct fab_lane_life {
     int64_t credit;  /* of the weighted round robin */
     int64_t since, retry_at;
     uint32_t tries; /* to open it again, since it or a NIC was last up */
-    bool due_down, due_open, due_opened, due_ready, due_wanted;
+    bool due_down, due_open, due_opened, due_wanted;
+    bool due_ready; /* over the lane itself */
     char text[FAB_TEXT_MAX];
+};
+
+/* A control frame that a lane did not get across. */
+struct fab_lost_frame {
+    struct fab_lost_frame *next;
+    uint32_t length;
+    uint8_t bytes[];
 };
 
 struct fab_peer {
@@ -246,6 +257,8 @@ struct fab_peer {
     uint32_t contact;  /* the lane of the handshake, and of control frames while it works */
     int64_t contact_until; /* when another lane is tried for first contact */
     bool lanes_broken; /* fab_lanes_serve() has something to do */
+    struct fab_lost_frame *lost, *last_lost;
+    uint32_t lost_count;
     bool in_business; /* as of the last tick */
     bool ending; /* to be ended in this turn */
     bool no_fence;
@@ -255,7 +268,10 @@ struct fab_peer {
     /* control frames that are due */
     bool due_welcome, due_ready, due_ping, due_pong, due_ack, due_voided;
     uint64_t pong_stamp;
-    uint32_t voided_number;
+    uint32_t voided_number; /* of the last VOID that was carried out in this session */
+    bool voided_any;
+    uint32_t *held_voids; /* of one that waits for broken lanes to be closed */
+    uint32_t held_count;
     uint32_t void_number, void_count, void_sent; /* void_sent: ids in the unanswered frame */
     uint32_t *voids;
     struct {

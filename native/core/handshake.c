@@ -80,7 +80,8 @@ static int add_lane(struct fab_peer *p, struct fab_nic *nic, struct fab_origin *
 static int point_at_nic(struct fab_peer *p)
 {
     const fab_nic_info *to = &p->nics[p->lane_nic[p->contact]];
-    p->contact_until = p->engine->now + FAB_CONTACT_NS;
+    int64_t turn = p->engine->config.peer_timeout_ns / (p->lane_count + 1);
+    p->contact_until = p->engine->now + (turn < FAB_CONTACT_NS ? turn : FAB_CONTACT_NS);
     return p->provider->lane_connect(p->lanes[p->contact], to->blob, to->blob_len);
 }
 
@@ -94,9 +95,9 @@ static void next_contact(struct fab_peer *p)
         p->contact = i;
         if (p->active && point_at_nic(p))
             fab_lane_broke(p->lanes[i], fab_take_reason(-EIO));
-        break;
+        return;
     }
-    p->contact_until = p->engine->now + FAB_CONTACT_NS;
+    p->contact_until = p->engine->now + FAB_CONTACT_NS; /* there is no other */
 }
 
 /* Opens our halves of the lanes of one kind, and points one at the peer's NIC. */
@@ -374,8 +375,8 @@ static void refuse(struct fab_nic *nic, struct fab_origin *origin, const struct 
     fab_put_u32(&w, (uint32_t)code);
     fab_put_text(&w, text);
     fab_frame_end(&w);
-    nic->provider->origin_reply(nic, origin, h->lanes[0].blob, h->lanes[0].blob_len, w.bytes,
-                                w.used);
+    nic->provider->origin_reply(nic, origin, h->lanes[h->contact].blob,
+                                h->lanes[h->contact].blob_len, w.bytes, w.used);
     nic->provider->origin_drop(nic, origin);
 }
 
@@ -389,8 +390,8 @@ static void challenge(struct fab_nic *nic, struct fab_origin *origin, const stru
     fab_put_u64(&w, h->session);
     fab_put(&w, cookie, 16);
     fab_frame_end(&w);
-    nic->provider->origin_reply(nic, origin, h->lanes[0].blob, h->lanes[0].blob_len, w.bytes,
-                                w.used);
+    nic->provider->origin_reply(nic, origin, h->lanes[h->contact].blob,
+                                h->lanes[h->contact].blob_len, w.bytes, w.used);
     nic->provider->origin_drop(nic, origin); /* the next HELLO comes as a first frame again */
 }
 
@@ -512,8 +513,9 @@ static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello
         return ADMIT;
     }
     if ((state == FAB_P_UP || state == FAB_P_CONNECTING) && !p->ending && p->theirs == h->session) {
-        p->due_welcome = !p->active; /* it did not get ours */
-        if (!p->active && h->contact < p->lane_count)
+        /* It did not get ours; once it was heard in the session, this is a late copy. */
+        p->due_welcome = state == FAB_P_CONNECTING && !p->active;
+        if (p->due_welcome && h->contact < p->lane_count)
             p->contact = h->contact; /* where it hears */
         fab_peer_busy(p);
         return DROP;
@@ -578,8 +580,8 @@ void fab_handshake_frame(struct fab_peer *p, const struct fab_header *h, struct 
         on_refuse(p, r);
     else if (h->type == FAB_F_WELCOME)
         on_welcome(p, h, r);
-    else if (!p->active) /* a HELLO on a lane that came from one: it was sent again */
-        p->due_welcome = true;
+    else if (!p->active && atomic_load(&p->state) == FAB_P_CONNECTING)
+        p->due_welcome = true; /* a HELLO on a lane that came from one: it was sent again */
     fab_peer_busy(p);
 }
 

@@ -2,6 +2,7 @@
 #include "lanes.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "peer.h"
@@ -12,11 +13,27 @@
 
 /* ---- which lanes there are ---- */
 
+static void due(struct fab_peer *p, bool *what)
+{
+    *what = true;
+    p->lanes_broken = true;
+    fab_peer_busy(p);
+}
+
 void fab_lanes_begin(struct fab_peer *p)
 {
     for (uint32_t i = 0; i < p->lane_count; i++) {
-        p->life[i].state = p->life[i].state == FAB_L_BROKEN ? FAB_L_BROKEN : FAB_L_UP;
+        struct fab_lane_life *life = &p->life[i];
         p->lanes[i]->established = true;
+        if (life->state == FAB_L_BROKEN)
+            continue;
+        life->since = p->engine->now;
+        if (i == p->contact || !p->provider->repairs)
+            life->state = FAB_L_UP;
+        else
+            life->state = p->active ? FAB_L_PROVING : FAB_L_ANSWERED;
+        if (life->state == FAB_L_PROVING)
+            due(p, &life->due_ready);
     }
 }
 
@@ -24,6 +41,14 @@ void fab_lanes_forget(struct fab_peer *p)
 {
     memset(p->life, 0, sizeof p->life);
     p->contact = 0;
+    p->lanes_broken = false;
+    while (p->lost) {
+        struct fab_lost_frame *frame = p->lost;
+        p->lost = frame->next;
+        free(frame);
+    }
+    p->last_lost = NULL;
+    p->lost_count = 0;
 }
 
 bool fab_lane_works(const struct fab_peer *p, uint32_t i)
@@ -128,15 +153,18 @@ static void mark_broken(struct fab_peer *p, uint32_t i, const char *text, bool t
     if (life->state == FAB_L_BROKEN || life->state == FAB_L_GONE)
         return;
     if (life->state == FAB_L_UP) {
+        if (p->engine->now - life->since > FAB_LANE_STABLE_NS)
+            life->tries = 0;
         p->engine->stats.lanes_lost++;
         fab_log(FAB_LOG_WARN, "peer %s: lane %u over %s lost: %s", p->label, i,
                 p->lanes[i]->nic->info.name, text);
     }
     life->state = FAB_L_BROKEN;
-    life->due_down = tell;
+    life->due_open = life->due_opened = life->due_ready = false;
+    p->lanes[i]->given_up = true;
     fab_text(life->text, sizeof life->text, "%s", text);
-    p->lanes_broken = true;
-    fab_peer_busy(p);
+    due(p, &life->due_down);
+    life->due_down = tell;
 }
 
 void fab_lane_broke(struct fab_lane *lane, const char *text)
@@ -158,13 +186,46 @@ void fab_lane_frame_lost(struct fab_lane *lane, const uint8_t *bytes, uint32_t l
     uint32_t state = p ? atomic_load_explicit(&p->state, memory_order_relaxed) : FAB_P_IDLE;
     if (state != FAB_P_UP || p->ending)
         return;
-    if (index_of(p, lane) < FAB_MAX_LANES)
-        fab_lane_broke(lane, "a control frame was not acknowledged");
-    struct fab_lane *other = fab_lane_for_frames(p);
-    if (!other || other == lane)
+    struct fab_lost_frame *frame =
+        p->lost_count < FAB_LOST_FRAMES ? malloc(sizeof *frame + length) : NULL;
+    if (!frame) {
+        fab_session_doom(p, FAB_E_UNREACHABLE, "more control frames were lost than can be kept");
         return;
-    if (other->nic->provider->lane_send(other, bytes, length, NULL))
-        fab_session_doom(p, FAB_E_UNREACHABLE, "two lanes broke at once and frames were lost");
+    }
+    frame->next = NULL;
+    frame->length = length;
+    memcpy(frame->bytes, bytes, length);
+    if (p->last_lost)
+        p->last_lost->next = frame;
+    else
+        p->lost = frame;
+    p->last_lost = frame;
+    p->lost_count++;
+    p->lanes_broken = true;
+    fab_peer_busy(p);
+}
+
+/* Sends lost frames again, in their order, as far as that goes. */
+static int send_lost(struct fab_peer *p)
+{
+    int n = 0;
+    while (p->lost) {
+        struct fab_lost_frame *frame = p->lost;
+        struct fab_lane *lane = fab_lane_for_frames(p);
+        int rc = lane ? lane->nic->provider->lane_send(lane, frame->bytes, frame->length, NULL)
+                      : -EAGAIN;
+        if (rc < 0 && rc != -EAGAIN)
+            fab_lane_broke(lane, fab_take_reason(rc));
+        if (rc < 0)
+            break;
+        p->lost = frame->next;
+        if (!p->lost)
+            p->last_lost = NULL;
+        p->lost_count--;
+        free(frame);
+        n++;
+    }
+    return n;
 }
 
 /* A NIC that went down takes its lanes along at once where there are others; a lane that is its
@@ -187,9 +248,7 @@ void fab_lanes_nic_state(struct fab_nic *nic, const char *text)
             if (nic->info.up && p->life[i].state == FAB_L_GONE) {
                 p->life[i].retry_at = 0;
                 p->life[i].tries = 0;
-                p->life[i].due_wanted = true;
-                p->lanes_broken = true;
-                fab_peer_busy(p);
+                due(p, &p->life[i].due_wanted);
             } else if (!nic->info.up && fab_lane_works(p, i) && another_works(p, i)) {
                 mark_broken(p, i, line, true);
             }
@@ -206,6 +265,21 @@ static bool send_pair(struct fab_peer *p, enum fab_frame_type type, uint32_t i)
     fab_put_u32(&w, i);
     fab_put_u32(&w, p->life[i].serial);
     return fab_session_send(p, &w, NULL);
+}
+
+/* Over the lane itself: hearing it there is what proves that the lane works. */
+static bool send_ready(struct fab_peer *p, uint32_t i)
+{
+    struct fab_lane *lane = p->lanes[i];
+    struct fab_writer w;
+    fab_frame_begin(&w, FAB_F_LANE_READY, p->theirs);
+    fab_put_u32(&w, i);
+    fab_put_u32(&w, p->life[i].serial);
+    fab_frame_end(&w);
+    int rc = lane->nic->provider->lane_send(lane, w.bytes, w.used, NULL);
+    if (rc < 0 && rc != -EAGAIN)
+        fab_lane_broke(lane, fab_take_reason(rc));
+    return rc == 0;
 }
 
 static bool send_blob(struct fab_peer *p, enum fab_frame_type type, uint32_t i)
@@ -249,7 +323,7 @@ static int send_due(struct fab_peer *p, uint32_t i)
         life->due_open = false, n++;
     if (life->due_opened && send_blob(p, FAB_F_LANE_OPENED, i))
         life->due_opened = false, n++;
-    if (life->due_ready && send_pair(p, FAB_F_LANE_READY, i))
+    if (life->due_ready && send_ready(p, i))
         life->due_ready = false, n++;
     if (life->due_wanted && send_pair(p, FAB_F_LANE_WANTED, i))
         life->due_wanted = false, n++;
@@ -274,19 +348,16 @@ int fab_lanes_serve(struct fab_peer *p)
         n += send_due(p, i);
         p->lanes_broken |= any_due(&p->life[i]);
     }
+    if (!p->ending)
+        n += send_lost(p);
+    fab_session_carry_out_voids(p);
+    p->lanes_broken |= p->lost != NULL;
     if (p->lanes_broken)
         fab_peer_busy(p);
     return n;
 }
 
 /* ---- coming back ---- */
-
-static void due(struct fab_peer *p, bool *what)
-{
-    *what = true;
-    p->lanes_broken = true;
-    fab_peer_busy(p);
-}
 
 /* Opens our half; the peer's is told by the frame that follows. */
 static bool open_half(struct fab_peer *p, uint32_t i)
@@ -308,6 +379,8 @@ static bool open_half(struct fab_peer *p, uint32_t i)
 static void offer(struct fab_peer *p, uint32_t i)
 {
     struct fab_lane_life *life = &p->life[i];
+    if (life->due_down)
+        return; /* the peer has to hear of the last one first */
     life->retry_at = next_try(p, i);
     life->tries++;
     if (!p->engine->nics[life->nic]->info.up || !open_half(p, i))
@@ -322,11 +395,11 @@ void fab_lanes_tick(struct fab_peer *p)
     int64_t now = p->engine->now;
     for (uint32_t i = 0; i < p->lane_count; i++) {
         struct fab_lane_life *life = &p->life[i];
-        bool waits = life->state == FAB_L_OFFERED || life->state == FAB_L_ANSWERED;
+        bool waits = life->state >= FAB_L_OFFERED;
         if (life->state == FAB_L_GONE && p->active && now >= life->retry_at)
             offer(p, i);
         else if (waits && now - life->since > FAB_LANE_ANSWER_NS)
-            mark_broken(p, i, "no answer to the attempt to open it again", false);
+            mark_broken(p, i, "nothing was heard over it", true);
     }
 }
 
@@ -336,21 +409,43 @@ bool fab_lanes_have_business(const struct fab_peer *p)
         return true;
     for (uint32_t i = 0; i < p->lane_count; i++) {
         const struct fab_lane_life *life = &p->life[i];
-        if (life->state == FAB_L_OFFERED || life->state == FAB_L_ANSWERED ||
+        if (life->state >= FAB_L_OFFERED ||
             (life->state == FAB_L_GONE && p->active && life->tries < FAB_LANE_TRIES))
             return true;
     }
     return false;
 }
 
+bool fab_lanes_closing(const struct fab_peer *p)
+{
+    for (uint32_t i = 0; i < p->lane_count; i++)
+        if (p->lanes[i] && p->life[i].state == FAB_L_BROKEN)
+            return true;
+    return false;
+}
+
 static void is_up(struct fab_peer *p, uint32_t i)
 {
     p->life[i].state = FAB_L_UP;
-    p->life[i].tries = 0;
+    p->life[i].since = p->engine->now;
+    fab_peer_busy(p);
+    if (!p->life[i].serial)
+        return;
     p->engine->stats.lanes_restored++;
     fab_log(FAB_LOG_WARN, "peer %s: lane %u over %s is back", p->label, i,
             p->lanes[i]->nic->info.name);
-    fab_peer_busy(p);
+}
+
+void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane)
+{
+    uint32_t i = index_of(p, lane);
+    if (i == FAB_MAX_LANES)
+        return;
+    enum fab_lane_state state = p->life[i].state;
+    if (state == FAB_L_PROVING || state == FAB_L_ANSWERED)
+        is_up(p, i);
+    if (state == FAB_L_ANSWERED)
+        due(p, &p->life[i].due_ready);
 }
 
 /* ---- frames ---- */
@@ -398,6 +493,8 @@ void fab_lanes_on_open(struct fab_peer *p, struct fab_reader *r)
             mark_broken(p, i, "the peer opens it again", false);
         return;
     }
+    if (p->engine->now - p->life[i].since < FAB_LANE_RETRY_NS / 2)
+        return; /* more often than any peer of ours does */
     if (!p->engine->nics[p->life[i].nic]->info.up || !open_half(p, i))
         return;
     p->life[i].serial = serial;
@@ -418,15 +515,15 @@ void fab_lanes_on_opened(struct fab_peer *p, struct fab_reader *r)
         mark_broken(p, i, fab_take_reason(-EPROTO), true);
         return;
     }
-    is_up(p, i);
+    p->life[i].state = FAB_L_PROVING;
     due(p, &p->life[i].due_ready);
 }
 
+/* Hearing it was the point (fab_lanes_heard). */
 void fab_lanes_on_ready(struct fab_peer *p, struct fab_reader *r)
 {
-    uint32_t serial, i = read_pair(p, r, &serial);
-    if (i < FAB_MAX_LANES && serial == p->life[i].serial && p->life[i].state == FAB_L_ANSWERED)
-        is_up(p, i);
+    uint32_t serial;
+    (void)read_pair(p, r, &serial);
 }
 
 /* The peer's NIC is back: now is the time to try. */

@@ -15,9 +15,11 @@
 
 #define FAB_LANE_RETRY_NS (NS_PER_S / 4) /* between attempts to open a lane again; doubled each */
 #define FAB_LANE_TRIES 8 /* then only when a NIC comes back, or beside other business */
-#define FAB_LANE_ANSWER_NS (2 * NS_PER_S) /* an attempt without an answer is given up */
+#define FAB_LANE_STABLE_NS (10 * NS_PER_S) /* a lane that was up so long starts counting anew */
+#define FAB_LANE_ANSWER_NS (4 * NS_PER_S) /* an attempt without an answer is given up */
 
-/* A session begins with the lanes that the handshake opened, or ends. */
+/* A session begins with the lanes that the handshake opened, or ends. Only the one that the
+ * handshake took is known to work; the others have to prove it. */
 void fab_lanes_begin(struct fab_peer *p);
 void fab_lanes_forget(struct fab_peer *p);
 /* The handshake told the speed of the peer's NICs (Mbit/s, 0: unknown), in lane order. */
@@ -40,6 +42,10 @@ void fab_lanes_nic_state(struct fab_nic *nic, const char *text);
 int fab_lanes_serve(struct fab_peer *p);
 /* Opens lanes again; gives up attempts. */
 void fab_lanes_tick(struct fab_peer *p);
+/* Lanes that broke are not closed yet. */
+bool fab_lanes_closing(const struct fab_peer *p);
+/* A frame of the session came over this lane. */
+void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane);
 bool fab_lanes_have_business(const struct fab_peer *p);
 
 void fab_lanes_on_down(struct fab_peer *p, struct fab_reader *r);

@@ -87,25 +87,31 @@ static int register_one(struct fab_engine *e, struct fab_nic *nic, const struct 
     return rc;
 }
 
-static void unregister_one(struct fab_engine *e, struct fab_nic *nic, struct fab_mr *mr)
+static int unregister_one(struct fab_engine *e, struct fab_nic *nic, struct fab_mr *mr)
 {
-    if (nic->provider->pins) {
-        nic->provider->mr_dereg(nic, mr);
-        return;
-    }
+    if (nic->provider->pins)
+        return nic->provider->mr_dereg(nic, mr);
     fab_lock(e);
-    nic->provider->mr_dereg(nic, mr);
+    int rc = nic->provider->mr_dereg(nic, mr);
     fab_unlock(e);
+    return rc;
 }
 
-/* Without the lock. Nobody finds the region any more, or not yet. */
-static void unregister(struct fab_engine *e, struct fab_region *r)
+/* Without the lock. Nobody finds the region any more, or not yet. A NIC that does not let go of it
+ * keeps its registration: 0, or the error. */
+static int unregister(struct fab_engine *e, struct fab_region *r)
 {
+    int result = 0;
     for (uint32_t i = 0; i < e->nic_count; i++) {
-        if (r->mrs[i])
-            unregister_one(e, e->nics[i], r->mrs[i]);
-        r->mrs[i] = NULL;
+        int rc = r->mrs[i] ? unregister_one(e, e->nics[i], r->mrs[i]) : 0;
+        if (rc)
+            result = fab_error_why(FAB_E_SYSTEM, rc,
+                                   "%s does not let go of the region; do not free its memory",
+                                   e->nics[i]->info.name);
+        else
+            r->mrs[i] = NULL;
     }
+    return result;
 }
 
 static int register_with_nics(struct fab_engine *e, struct fab_region *r)
@@ -358,6 +364,9 @@ void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
         r->bad = true; /* one that asks more than it may is answered nothing */
         return;
     }
+    for (uint32_t i = 0; i < p->asked_count; i++)
+        if (p->asked[i].region == region && p->asked[i].secret == secret)
+            return; /* it came twice, over two lanes */
     p->asked[p->asked_count].region = region;
     p->asked[p->asked_count++].secret = secret;
 }
@@ -524,9 +533,13 @@ static void fence_holders(struct fab_engine *e, struct fab_region *r)
 }
 
 /* Without the lock. */
-static void remove_region(struct fab_engine *e, struct fab_region *r)
+static int remove_region(struct fab_engine *e, struct fab_region *r)
 {
-    unregister(e, r);
+    int rc = unregister(e, r);
+    if (rc) { /* it may be tried again */
+        atomic_store(&r->closing, false);
+        return rc;
+    }
     fab_lock(e);
     if (r->origin) {
         r->origin->aliases--;
@@ -535,6 +548,7 @@ static void remove_region(struct fab_engine *e, struct fab_region *r)
     fab_slot_kill(r);
     fab_slot_put(r);
     fab_unlock(e);
+    return 0;
 }
 
 /* Marks it, so that nothing new begins. */
@@ -587,9 +601,7 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
         atomic_store(&r->closing, false);
     }
     fab_unlock(e);
-    if (!rc)
-        remove_region(e, r);
-    return rc;
+    return rc ? rc : remove_region(e, r);
 }
 
 int fab_region_deregister(fab_engine *e, int64_t region, int64_t timeout)

@@ -84,6 +84,8 @@ void fab_peer_put(struct fab_engine *e, struct fab_peer *peer)
         return;
     free(peer->nics);
     free(peer->voids);
+    free(peer->held_voids);
+    peer->held_voids = NULL;
     peer->nics = NULL;
     peer->voids = NULL;
     fab_slot_free(&e->peers, peer);

@@ -48,16 +48,17 @@ static void plan(struct fab_transfer *t)
     n = fab_lanes_pick(p, n, lanes, weights);
     if (t->kind == FAB_K_WRITE)
         n = fab_shard_worthy(t->length, n, lanes, weights);
+    t->share_count = 0;
     for (uint32_t i = 0; i < n; i++) {
         struct fab_span span = {0, 0};
         if (t->kind == FAB_K_WRITE)
             span = fab_shard_bytes(t->length, i, n, weights);
         else if (t->kind == FAB_K_PAGES)
             span = fab_shard_items(t->count, i, n, weights);
-        plan_share(t, i, span, lanes[i]);
+        if (t->kind != FAB_K_PAGES || span.end > span.begin) /* few pages: a slow lane gets none */
+            plan_share(t, t->share_count++, span, lanes[i]);
     }
-    t->share_count = t->shares_open = n;
-    t->pieces_left = n;
+    t->shares_open = t->pieces_left = t->share_count;
     t->started = true;
 }
 
@@ -344,6 +345,8 @@ static void work_request_failed(struct fab_transfer *t, struct fab_lane *lane, i
 void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
 {
     struct fab_peer *p = fab_lane_peer(lane);
+    if (!p)
+        return; /* a lane that a NIC ends on its own, at the end of the engine */
     struct fab_engine *e = p->engine;
     struct fab_transfer *t = fab_slot_at(&e->transfers, (uint32_t)(wr_id >> 16));
     struct fab_share *s = &t->shares[wr_id >> 8 & 0xff];

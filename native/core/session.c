@@ -87,6 +87,7 @@ static int flush(struct fab_peer *p)
         p->due_ready = false, n++;
     if (p->due_pong && send_stamp(p, FAB_F_PONG, p->pong_stamp))
         p->due_pong = false, n++;
+    n += fab_lanes_serve(p); /* that a lane is lost is told before what that voids */
     if (p->due_voided && send_voided(p))
         p->due_voided = false, n++;
     if (p->void_count && !p->void_sent && send_voids(p))
@@ -101,7 +102,6 @@ static int flush(struct fab_peer *p)
         n += fab_remote_answer_quiesce(p);
     if (p->due_ack && fab_message_send_ack(p))
         p->due_ack = false, n++;
-    n += fab_lanes_serve(p);
     bool more = p->due_ready || p->due_pong || p->due_voided || p->due_ping || p->asked_count ||
                 p->due_quiesce || p->due_quiesced || p->due_ack || (p->void_count && !p->void_sent);
     if (more)
@@ -129,7 +129,8 @@ static void forget_session(struct fab_peer *p)
     fab_messages_end_session(p);
     p->mine = p->theirs = 0;
     p->lane_count = 0;
-    p->lanes_broken = false;
+    p->voided_any = false;
+    p->held_count = 0;
     fab_lanes_forget(p);
     p->active = p->welcomed = p->has_cookie = p->ending = false;
     p->due_welcome = p->due_ready = p->due_ping = p->due_pong = p->due_ack = false;
@@ -146,6 +147,7 @@ static void ended(struct fab_peer *p)
     struct fab_engine *e = p->engine;
     p->code = p->end_code;
     fab_text(p->text, sizeof p->text, "%s", p->end_text);
+    fab_session_carry_out_voids(p);
     forget_session(p);
     atomic_store_explicit(&p->fence_stuck, false, memory_order_relaxed);
     atomic_store_explicit(&p->state, FAB_P_DEAD, memory_order_release);
@@ -312,10 +314,36 @@ static void on_voids(struct fab_peer *p, struct fab_reader *r)
         r->bad = true;
         return;
     }
+    if (p->voided_any && (int32_t)(number - p->voided_number) <= 0) {
+        p->due_voided = !p->held_count; /* a copy of one that was carried out */
+        return;
+    }
+    if (!p->held_voids)
+        p->held_voids = calloc(FAB_VOIDS_PER_FRAME, sizeof *p->held_voids);
+    if (!p->held_voids) {
+        fab_session_doom(p, FAB_E_UNREACHABLE, "out of memory for what it voids");
+        return;
+    }
     for (uint32_t i = 0; i < count; i++)
-        fab_void_id(p->engine, p, fab_get_u32(r) & FAB_ID_MASK);
+        p->held_voids[i] = fab_get_u32(r) & FAB_ID_MASK;
+    p->held_count = count;
     p->voided_number = number;
+    p->voided_any = true;
+    p->due_voided = !count;
+    fab_session_carry_out_voids(p);
+}
+
+/* Whoever waits on a void id may free its memory, so nobody is told before the lanes that broke,
+ * over which something may still come, are closed here, too. */
+void fab_session_carry_out_voids(struct fab_peer *p)
+{
+    if (!p->held_count || fab_lanes_closing(p))
+        return;
+    for (uint32_t i = 0; i < p->held_count; i++)
+        fab_void_id(p->engine, p, p->held_voids[i]);
+    p->held_count = 0;
     p->due_voided = true;
+    fab_peer_busy(p);
 }
 
 static void on_voided(struct fab_peer *p, struct fab_reader *r)
@@ -433,6 +461,7 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
         p->last_heard = p->engine->now;
         if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);
+        fab_lanes_heard(p, lane);
         if (atomic_load(&p->state) == FAB_P_UP)
             dispatch(p, &h, &r, &own_fd);
         if (r.bad)

@@ -27,6 +27,8 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
 void fab_session_hello(struct fab_nic *nic, struct fab_origin *origin, const uint8_t *bytes,
                        uint32_t length);
 void fab_session_origin_gone(struct fab_nic *nic, struct fab_origin *origin);
+/* Carries out a VOID that had to wait. */
+void fab_session_carry_out_voids(struct fab_peer *peer);
 /* Sends one frame; true: it is on its way. */
 bool fab_session_send(struct fab_peer *peer, struct fab_writer *w, const struct fab_mr *attach);
 /* Admits newcomers, or has the application asked; refuses those that waited too long. */

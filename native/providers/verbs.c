@@ -143,8 +143,11 @@ static int verbs_poll(struct fab_nic *base, int budget)
     int done = verbs_events(nic, budget);
 
     done += verbs_setup_poll(nic);
-    if (nic->look_async || ++nic->turn % VERBS_ASYNC_TURNS == 0)
+    if (nic->look_async || ++nic->turn % VERBS_ASYNC_TURNS == 0) {
         verbs_async(nic);
+        if (nic->ud_broken && !nic->fatal)
+            verbs_ud_repair(nic);
+    }
     return done;
 }
 
@@ -165,6 +168,11 @@ static int verbs_arm(struct fab_nic *base)
 {
     struct verbs_nic *nic = (struct verbs_nic *)base;
 
+    if (nic->fatal) { /* its descriptors stay readable for ever, and say nothing any more */
+        (void)epoll_ctl(nic->base.wait_fd, EPOLL_CTL_DEL, nic->context->async_fd, NULL);
+        (void)epoll_ctl(nic->base.wait_fd, EPOLL_CTL_DEL, nic->channel->fd, NULL);
+        return 0;
+    }
     if (ibv_req_notify_cq(nic->cq, 0))
         return 1;
     verbs_cq_drain(nic); /* what came before it was asked for gives no notification */

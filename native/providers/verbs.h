@@ -50,7 +50,7 @@ enum {
     VERBS_UD_SENDS = 64,
     VERBS_UD_MTU = 4096,
     VERBS_GRH = 40,          /* bytes before every UD payload */
-    VERBS_REPLIES = 32,      /* answers to strangers under way */
+    VERBS_REPLIES = 8,       /* answers to strangers under way; lanes go first */
     VERBS_PARTIALS = 32,     /* frames of which datagrams are missing */
     VERBS_BATCH = 64,        /* completions of one poll */
     VERBS_ASYNC_TURNS = 64,  /* polls between looks at asynchronous events */
@@ -117,6 +117,7 @@ struct verbs_job {
     struct verbs_lane *lane; /* NULL: a reply to a stranger */
     struct verbs_blob to;
     bool connect; /* the queue pairs too */
+    uint8_t mtu;  /* of our port, as enum ibv_mtu */
 
     struct ibv_ah *ah;
     int rc;
@@ -132,7 +133,8 @@ struct verbs_setup {
     bool runs;
     pthread_mutex_t lock; /* held for a few lines only, never while something blocks */
     pthread_cond_t more;
-    struct verbs_job *first, *last; /* to be done */
+    struct verbs_job *first, *last; /* to be done, of lanes */
+    struct verbs_job *strangers;    /* and replies, when no lane waits */
     struct verbs_job *ended;
     bool stop;
     _Atomic bool any_ended;
@@ -214,7 +216,10 @@ struct verbs_nic {
     int gid_index;
     uint16_t pkey_index;
     uint8_t ack_timeout;
-    bool fatal; /* the device is gone for good */
+    uint8_t link_layer; /* IBV_LINK_LAYER_* */
+    bool fatal;         /* the device is gone for good */
+    bool no_last_wqe;   /* it does not tell when a queue pair has let go of its receives */
+    uint64_t no_linger_before;
 
     struct ibv_cq *cq;
     uint32_t cq_depth, cq_reserved;
@@ -232,6 +237,7 @@ struct verbs_nic {
     uint64_t ud_sends_free; /* bit for each buffer */
     uint32_t ud_posted, ud_ended; /* datagrams, counted modulo 2^32 */
     bool ud_broken;
+    uint32_t ud_recvs_out;
     struct verbs_grave *graves;
     struct verbs_partial *partials;
     uint64_t partial_clock;
@@ -265,7 +271,8 @@ int verbs_port_read(struct verbs_nic *nic);
 int verbs_fail(const struct verbs_nic *nic, const char *what, int error);
 /* Index of the GID to be used: NCCL's rules. -1: none is usable. */
 int verbs_gid_choose(const struct ibv_gid_entry *table, int count, bool ipv6);
-/* Ack timeout for which all retries together take at most half of the peer timeout. */
+/* Ack timeout for which all retries together take at most a quarter of the peer timeout: devices
+ * may wait up to four times as long as they are told. */
 uint8_t verbs_ack_timeout(int64_t peer_timeout_ns);
 uint32_t verbs_mtu_bytes(enum ibv_mtu mtu);
 
@@ -312,6 +319,8 @@ int verbs_ud_open(struct verbs_nic *nic);
 /* Sends a frame along `way`; -EAGAIN: later. */
 int verbs_contact_send(struct verbs_nic *nic, const struct verbs_way *way, const uint8_t *bytes,
                        uint32_t length);
+/* Once everything is flushed out of a UD queue pair that broke, it begins anew. */
+void verbs_ud_repair(struct verbs_nic *nic);
 void verbs_contact_sent(struct verbs_nic *nic, uint32_t buffer, bool failed);
 void verbs_ah_retire(struct verbs_nic *nic, struct ibv_ah *ah);
 void verbs_ahs_bury(struct verbs_nic *nic, bool all);

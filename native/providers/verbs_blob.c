@@ -67,7 +67,7 @@ int verbs_blob_read(const struct verbs_nic *nic, const uint8_t *bytes, uint32_t 
     at = get32(at, &out->write_psn);
     at = get32(at, &out->frame_qpn);
     (void)get32(at, &out->frame_psn);
-    if (out->link != nic->port_attr.link_layer) {
+    if (out->link != nic->link_layer) {
         fab_fail_text("verbs %s: the peer's port is %s, ours %s: they cannot reach each other",
                       nic->base.info.name,
                       out->link == IBV_LINK_LAYER_ETHERNET ? "RoCE" : "no RoCE",
@@ -84,7 +84,7 @@ int verbs_blob_read(const struct verbs_nic *nic, const uint8_t *bytes, uint32_t 
 struct verbs_blob verbs_blob_of_nic(const struct verbs_nic *nic)
 {
     return (struct verbs_blob){
-        .link = nic->port_attr.link_layer,
+        .link = nic->link_layer,
         .mtu = (uint8_t)nic->port_attr.active_mtu,
         .lid = nic->port_attr.lid,
         .gid = nic->gid,

@@ -132,10 +132,8 @@ int verbs_contact_send(struct verbs_nic *nic, const struct verbs_way *way, const
                          .length = (uint16_t)length,
                          .chunk = (uint16_t)chunk};
 
-    if (nic->ud_broken) {
-        fab_fail_text("verbs %s: its queue pair for first contacts broke", nic->base.info.name);
-        return -EIO;
-    }
+    if (nic->ud_broken)
+        return -EAGAIN;
     if (free_buffers(nic) < (int)count)
         return -EAGAIN;
     for (uint32_t at = 0; at < length; at += chunk, d.number++) {
@@ -293,6 +291,35 @@ void verbs_origin_drop(struct fab_nic *base, struct fab_origin *origin)
 
 /* ---- the queue pair ---- */
 
+static int start_ud(struct verbs_nic *nic)
+{
+    struct ibv_qp_attr rtr = {.qp_state = IBV_QPS_RTR};
+    struct ibv_qp_attr rts = {.qp_state = IBV_QPS_RTS};
+    int rc = verbs_qp_init(nic, nic->ud, 0);
+
+    for (uint32_t i = 0; rc == 0 && i < VERBS_UD_RECVS; i++)
+        rc = verbs_ud_recv(nic, i);
+    if (rc == 0)
+        rc = nic->lib->modify_qp(nic->ud, &rtr, IBV_QP_STATE);
+    if (rc == 0)
+        rc = nic->lib->modify_qp(nic->ud, &rts, IBV_QP_STATE | IBV_QP_SQ_PSN);
+    return rc;
+}
+
+void verbs_ud_repair(struct verbs_nic *nic)
+{
+    struct ibv_qp_attr error = {.qp_state = IBV_QPS_ERR}, reset = {.qp_state = IBV_QPS_RESET};
+
+    if (nic->ud_posted != nic->ud_ended || nic->ud_recvs_out) {
+        (void)nic->lib->modify_qp(nic->ud, &error, IBV_QP_STATE); /* flushes the rest */
+        return;
+    }
+    int rc = nic->lib->modify_qp(nic->ud, &reset, IBV_QP_STATE);
+    if (rc == 0)
+        rc = start_ud(nic);
+    nic->ud_broken = rc != 0;
+}
+
 int verbs_ud_open(struct verbs_nic *nic)
 {
     struct ibv_qp_init_attr init = {.send_cq = nic->cq,
@@ -302,8 +329,6 @@ int verbs_ud_open(struct verbs_nic *nic)
                                             .max_send_sge = 1,
                                             .max_recv_sge = 1},
                                     .qp_type = IBV_QPT_UD};
-    struct ibv_qp_attr rtr = {.qp_state = IBV_QPS_RTR};
-    struct ibv_qp_attr rts = {.qp_state = IBV_QPS_RTS};
 
     nic->partials = calloc(VERBS_PARTIALS, sizeof(*nic->partials));
     if (!nic->partials)
@@ -314,13 +339,7 @@ int verbs_ud_open(struct verbs_nic *nic)
     nic->ud = nic->lib->create_qp(nic->pd, &init);
     if (!nic->ud)
         return verbs_fail(nic, "making a UD queue pair", errno);
-    rc = verbs_qp_init(nic, nic->ud, 0);
-    for (uint32_t i = 0; rc == 0 && i < VERBS_UD_RECVS; i++)
-        rc = verbs_ud_recv(nic, i);
-    if (rc == 0)
-        rc = nic->lib->modify_qp(nic->ud, &rtr, IBV_QP_STATE);
-    if (rc == 0)
-        rc = nic->lib->modify_qp(nic->ud, &rts, IBV_QP_STATE | IBV_QP_SQ_PSN);
+    rc = start_ud(nic);
     nic->ud_sends_free = ~0ull;
     return rc ? verbs_fail(nic, "starting a UD queue pair", rc) : 0;
 }

@@ -7,7 +7,7 @@
 
 #include "providers/verbs.h"
 
-enum { PKEY_FULL = 0x8000, PKEY_MASK = 0x7fff, GIDS_MAX = 1024 };
+enum { PKEY_FULL = 0x8000, PKEY_MASK = 0x7fff, GIDS_MAX = 256 }; /* an index has 8 bits */
 
 int verbs_fail(const struct verbs_nic *nic, const char *what, int error)
 {
@@ -51,6 +51,10 @@ int verbs_options_read(struct verbs_options *out)
         rc = read_number("FABRIC_VERBS_PKEY", 0xffff, &out->pkey);
     if (rc == 0)
         rc = read_number("FABRIC_VERBS_TIMEOUT", 31, &out->ack_timeout);
+    if (rc == 0 && out->ack_timeout == 0) {
+        fab_fail_text("FABRIC_VERBS_TIMEOUT is 0, which waits for ever: 1 to 31 are possible");
+        rc = -EINVAL;
+    }
     if (rc == 0)
         rc = read_number("FABRIC_VERBS_TRAFFIC_CLASS", 255, &traffic_class);
     if (rc == 0)
@@ -62,7 +66,7 @@ int verbs_options_read(struct verbs_options *out)
 
 uint8_t verbs_ack_timeout(int64_t peer_timeout_ns)
 {
-    uint64_t most = (uint64_t)peer_timeout_ns / 2 / (VERBS_RETRIES + 1);
+    uint64_t most = (uint64_t)peer_timeout_ns / 4 / (VERBS_RETRIES + 1);
     uint8_t t = 8; /* a millisecond: less is noise, on any network */
 
     while (t < 31 && (uint64_t)VERBS_ACK_UNIT_NS << (t + 1) <= most)
@@ -231,6 +235,7 @@ static void describe(const struct verbs_nic *nic, fab_nic_info *out)
 
 int verbs_port_read(struct verbs_nic *nic)
 {
+    memset(&nic->port_attr, 0, sizeof(nic->port_attr)); /* the call fills a prefix of it */
     int rc = nic->lib->query_port(nic->context, nic->port, &nic->port_attr);
 
     if (rc)
@@ -268,6 +273,7 @@ static int open_port(struct verbs_nic *nic, struct ibv_device *device, uint8_t p
         rc = -ENODEV;
     if (rc == 0)
         rc = verbs_port_read(nic);
+    nic->link_layer = nic->port_attr.link_layer;
     if (rc == 0 && !usable(nic)) {
         fab_fail_text("verbs %s: the device has no shared receive queues", nic->device_name);
         rc = -EOPNOTSUPP;
@@ -363,7 +369,7 @@ int verbs_device_open(struct verbs_nic *nic, const char *name)
     if (name && !*name)
         name = NULL;
     int rc = for_each_port(nic, answers, (void *)(uintptr_t)name);
-    if (rc == 0 && !name) /* all are down: better a NIC that may come up than none */
+    if (rc <= 0 && !name) /* all are down: better a NIC that may come up than none */
         rc = for_each_port(nic, is_any, NULL);
     if (rc == 0)
         fab_fail_text("there is no verbs NIC called '%.60s' on this machine", name ? name : "");

@@ -122,7 +122,7 @@ static void frame_came(struct verbs_nic *nic, const struct ibv_wc *wc)
 
     if (wc->status && lane)
         lane_broke(lane, wc->status, "receiving a frame failed");
-    else if (lane)
+    else if (lane && wc->opcode == IBV_WC_RECV && wc->byte_len <= FAB_FRAME_MAX)
         nic->base.sink->frame(&lane->base, verbs_frame_buffer(nic, buffer), wc->byte_len, -1);
     (void)verbs_frame_recv(nic, buffer); /* fails only where the device is gone */
 }
@@ -154,8 +154,11 @@ static void handle(struct verbs_nic *nic, const struct ibv_wc *wc, struct run *r
         frame_came(nic, wc);
         break;
     case VERBS_UD_RECV:
-        if (!wc->status)
-            verbs_contact_received(nic, (uint32_t)(wc->wr_id >> 8), wc->byte_len);
+        nic->ud_recvs_out--;
+        nic->ud_broken |= wc->status != IBV_WC_SUCCESS;
+        if (wc->status)
+            break; /* verbs_ud_repair() posts them all again */
+        verbs_contact_received(nic, (uint32_t)(wc->wr_id >> 8), wc->byte_len);
         (void)verbs_ud_recv(nic, (uint32_t)(wc->wr_id >> 8));
         break;
     case VERBS_UD_SEND:

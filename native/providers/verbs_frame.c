@@ -8,9 +8,11 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "providers/verbs.h"
 
+#define FRAMES_BYTES ((size_t)VERBS_FRAME_SENDS * FAB_FRAME_MAX)
 #define ALL_FREE ((1ull << VERBS_FRAME_SENDS) - 1)
 _Static_assert(VERBS_FRAME_SENDS < 64, "frames_free has a bit for each");
 
@@ -23,11 +25,14 @@ static uint8_t *slot_bytes(const struct verbs_lane *lane, uint32_t slot)
 static int open_slots(struct verbs_lane *lane)
 {
     struct verbs_nic *nic = verbs_nic_of(lane);
-    size_t size = (size_t)VERBS_FRAME_SENDS * FAB_FRAME_MAX;
+    size_t size = FRAMES_BYTES;
 
-    lane->frames = malloc(size);
-    if (!lane->frames)
+    /* Whole pages of its own: before Linux 5.12 a forked child loses what is registered. */
+    lane->frames = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (lane->frames == MAP_FAILED) {
+        lane->frames = NULL;
         return -ENOMEM;
+    }
     lane->frames_mr = nic->lib->reg_mr_iova2(nic->pd, lane->frames, size, (uintptr_t)lane->frames,
                                              IBV_ACCESS_LOCAL_WRITE);
     if (lane->frames_mr) {
@@ -35,7 +40,7 @@ static int open_slots(struct verbs_lane *lane)
         return 0;
     }
     int rc = verbs_fail(nic, "pinning memory for frames (see ulimit -l)", errno);
-    free(lane->frames);
+    (void)munmap(lane->frames, size);
     lane->frames = NULL;
     return rc;
 }
@@ -98,13 +103,21 @@ int verbs_lane_send(struct fab_lane *base, const uint8_t *bytes, uint32_t length
     return verbs_contact_send(verbs_nic_of(lane), &lane->way, bytes, length);
 }
 
+/* What waited and cannot be sent is the core's to send again, if it was of a session; a first frame
+ * that finds no buffer is as one that the network lost. */
 void verbs_lane_flush(struct verbs_lane *lane)
 {
+    const struct fab_sink *sink = lane->base.nic->sink;
     uint32_t length = lane->waiting_length;
 
     lane->waiting_length = 0;
-    if (length) /* a datagram that finds no buffer is as one lost: it is sent again */
-        (void)verbs_lane_send(&lane->base, lane->waiting, length, NULL);
+    if (!length)
+        return;
+    int rc = lane->down || lane->closing
+                 ? -ENOTCONN
+                 : verbs_lane_send(&lane->base, lane->waiting, length, NULL);
+    if (rc && lane->base.established && sink->frame_lost)
+        sink->frame_lost(&lane->base, lane->waiting, length);
 }
 
 void verbs_frame_sent(struct verbs_lane *lane, uint32_t slot, bool failed)
@@ -126,15 +139,15 @@ void verbs_frames_close(struct verbs_lane *lane)
 {
     struct verbs_nic *nic = verbs_nic_of(lane);
 
+    verbs_lane_flush(lane);
     free(lane->waiting);
     lane->waiting = NULL;
-    lane->waiting_length = 0;
     if (!lane->frames)
         return;
     for (uint32_t slot = 0; slot < VERBS_FRAME_SENDS; slot++)
         if (!(lane->frames_free >> slot & 1))
             verbs_frame_sent(lane, slot, true);
     (void)nic->lib->dereg_mr(lane->frames_mr);
-    free(lane->frames);
+    (void)munmap(lane->frames, FRAMES_BYTES);
     lane->frames = NULL;
 }

@@ -133,7 +133,7 @@ int verbs_srq_open(struct verbs_nic *nic, struct verbs_srq *srq, uint32_t depth)
 /* Receives for immediates need no memory. Posted in chains, so that a burst costs few doorbells. */
 void verbs_imms_refill(struct verbs_nic *nic)
 {
-    struct ibv_recv_wr chain[VERBS_IMM_REFILL], *bad;
+    struct ibv_recv_wr chain[VERBS_IMM_REFILL], *bad = chain;
 
     while (nic->imms.missing) {
         uint32_t n = nic->imms.missing < VERBS_IMM_REFILL ? nic->imms.missing : VERBS_IMM_REFILL;
@@ -141,8 +141,9 @@ void verbs_imms_refill(struct verbs_nic *nic)
             chain[i] =
                 (struct ibv_recv_wr){.wr_id = VERBS_IMM, .next = i + 1 < n ? &chain[i + 1] : NULL};
         if (ibv_post_srq_recv(nic->imms.srq, chain, &bad)) {
-            nic->imms.missing -= (uint32_t)(bad - chain); /* the next poll tries again */
-            return;
+            if (bad > chain && bad < chain + n)
+                nic->imms.missing -= (uint32_t)(bad - chain);
+            return; /* the next poll tries again */
         }
         nic->imms.missing -= n;
     }
@@ -169,7 +170,9 @@ int verbs_ud_recv(struct verbs_nic *nic, uint32_t buffer)
         .wr_id = (uint64_t)buffer << 8 | VERBS_UD_RECV, .sg_list = &sge, .num_sge = 1};
     struct ibv_recv_wr *bad;
 
-    return ibv_post_recv(nic->ud, &wr, &bad);
+    int rc = ibv_post_recv(nic->ud, &wr, &bad);
+    nic->ud_recvs_out += rc == 0;
+    return rc;
 }
 
 int verbs_receives_open(struct verbs_nic *nic)

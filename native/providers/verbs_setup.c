@@ -1,7 +1,8 @@
 /* What may block, on a thread of its own: address handles and the way of queue pairs to RTS.
  *
  * On RoCE the kernel resolves the other side's MAC address in both, and waits a second or more for
- * a host that does not answer; the worker must not. Jobs are done one after the other. A job's lane
+ * a host that does not answer; the worker must not. Jobs are done one after the other, those of
+ * lanes before answers to strangers, who could keep us busy with addresses of nobody. A job's lane
  * exists until the job has ended: who closes a lane takes the job back, or waits.
  */
 #include <errno.h>
@@ -22,7 +23,7 @@ static struct ibv_ah_attr ah_attr_of(const struct verbs_nic *nic, const struct v
         .dlid = to->lid, .sl = nic->options.service_level, .port_num = nic->port};
 
     /* Ethernet is always addressed by GID; InfiniBand only across subnets. */
-    if (nic->port_attr.link_layer == IBV_LINK_LAYER_ETHERNET ||
+    if (nic->link_layer == IBV_LINK_LAYER_ETHERNET ||
         to->gid.global.subnet_prefix != nic->gid.global.subnet_prefix) {
         attr.is_global = 1;
         attr.grh.dgid = to->gid;
@@ -45,11 +46,11 @@ int verbs_qp_init(struct verbs_nic *nic, struct ibv_qp *qp, unsigned access)
     return nic->lib->modify_qp(qp, &attr, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | last);
 }
 
-static int to_rtr(struct verbs_nic *nic, struct ibv_qp *qp, const struct verbs_blob *to,
+static int to_rtr(struct verbs_nic *nic, struct ibv_qp *qp, const struct verbs_job *job,
                   uint32_t qpn, uint32_t psn)
 {
-    uint8_t mtu =
-        to->mtu < nic->port_attr.active_mtu ? to->mtu : (uint8_t)nic->port_attr.active_mtu;
+    const struct verbs_blob *to = &job->to;
+    uint8_t mtu = to->mtu < job->mtu ? to->mtu : job->mtu;
     struct ibv_qp_attr attr = {.qp_state = IBV_QPS_RTR,
                                .path_mtu = mtu,
                                .dest_qp_num = qpn,
@@ -81,10 +82,10 @@ static int to_rts(struct verbs_nic *nic, struct ibv_qp *qp, uint32_t psn)
 static int connect_pairs(struct verbs_nic *nic, const struct verbs_job *job)
 {
     struct verbs_lane *lane = job->lane;
-    int rc = to_rtr(nic, lane->write_qp, &job->to, job->to.write_qpn, job->to.write_psn);
+    int rc = to_rtr(nic, lane->write_qp, job, job->to.write_qpn, job->to.write_psn);
 
     if (rc == 0)
-        rc = to_rtr(nic, lane->frame_qp, &job->to, job->to.frame_qpn, job->to.frame_psn);
+        rc = to_rtr(nic, lane->frame_qp, job, job->to.frame_qpn, job->to.frame_psn);
     if (rc == 0)
         rc = to_rts(nic, lane->write_qp, lane->write_psn);
     if (rc == 0)
@@ -119,12 +120,13 @@ static void *setup_main(void *arg)
 
     (void)pthread_mutex_lock(&s->lock);
     while (!s->stop) {
-        struct verbs_job *job = s->first;
+        struct verbs_job **from = s->first ? &s->first : &s->strangers;
+        struct verbs_job *job = *from;
         if (!job) {
             (void)pthread_cond_wait(&s->more, &s->lock);
             continue;
         }
-        s->first = job->next;
+        *from = job->next;
         job->state = VERBS_RUNNING;
         (void)pthread_mutex_unlock(&s->lock);
         do_job(nic, job);
@@ -197,12 +199,16 @@ void verbs_setup_submit(struct verbs_nic *nic, struct verbs_job *job)
 
     (void)pthread_mutex_lock(&s->lock);
     job->state = VERBS_QUEUED;
-    job->next = NULL;
-    if (s->first)
+    job->mtu = (uint8_t)nic->port_attr.active_mtu;
+    job->next = job->lane ? NULL : s->strangers;
+    if (!job->lane)
+        s->strangers = job;
+    else if (s->first)
         s->last->next = job;
     else
         s->first = job;
-    s->last = job;
+    if (job->lane)
+        s->last = job;
     (void)pthread_cond_signal(&s->more);
     (void)pthread_mutex_unlock(&s->lock);
 }
@@ -262,11 +268,11 @@ void verbs_setup_close(struct verbs_nic *nic)
         (void)pthread_mutex_unlock(&s->lock);
         (void)pthread_join(s->thread, NULL);
         s->runs = false;
-        for (struct verbs_job *job = s->first, *next; job; job = next) {
-            next = job->next; /* only replies are left: lanes took theirs back */
+        for (struct verbs_job *job = s->strangers, *next; job; job = next) {
+            next = job->next;
             end_reply(nic, job);
         }
-        s->first = NULL;
+        s->strangers = NULL;
         (void)verbs_setup_poll(nic); /* frees abandoned lanes */
     }
     if (s->wake_fd >= 0)
