@@ -117,6 +117,7 @@ struct fab_lane {
     uint32_t number;            /* among the peer's lanes */
     uint32_t window;            /* work requests that may be outstanding */
     bool established;           /* the core: the peer has connected its half, too */
+    bool given_up;              /* the core: closing it need not wait for its last frames */
     uint8_t blob[FAB_BLOB_MAX]; /* what the peer's lane_connect() needs */
     uint32_t blob_len;
 };
@@ -131,7 +132,7 @@ struct fab_nic_options {
 };
 
 struct fab_provider {
-    const char *name; /* as users write it: "local", "tcp", "efa", "verbs" */
+    const char *name; /* as users write it: "local", "tcp", "efa", "rxm", "verbs" */
     int kind;         /* FAB_KIND_* */
     bool pins;        /* see above: registering pins the memory */
     bool repairs;     /* lanes break and come back one by one: sink->frame_lost is called */
@@ -185,6 +186,7 @@ struct fab_provider {
 extern const struct fab_provider fab_provider_local;
 extern const struct fab_provider fab_provider_tcp;
 extern const struct fab_provider fab_provider_efa;
+extern const struct fab_provider fab_provider_rxm;
 extern const struct fab_provider fab_provider_verbs;
 
 /* By name; NULL: unknown. providers.c holds the table. */
