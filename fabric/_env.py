@@ -32,6 +32,7 @@ VARIABLES = (
     Variable("FABRIC_LIBIBVERBS", "libibverbs.so.1", "path of the libibverbs to load"),
     Variable("FABRIC_TCP_NIC", "the first", "NIC that the provider tcp opens when none is named"),
     Variable("FABRIC_EFA_NIC", "the first", "NIC that the provider efa opens when none is named"),
+    Variable("FABRIC_RXM_NIC", "the first", "NIC that the provider rxm opens when none is named"),
     Variable(
         "FABRIC_VERBS_NIC",
         "the first that is up",
@@ -48,8 +49,8 @@ VARIABLES = (
     Variable(
         "FABRIC_VERBS_TIMEOUT",
         "from peer_timeout",
-        "ack timeout of queue pairs, 4.096 us times 2 to the power of it; 8 of them make a lane"
-        " fail, and half of peer_timeout is not exceeded",
+        "ack timeout of queue pairs, 4.096 us times 2 to the power of it (1 to 31); when 8 in a row"
+        " pass, a lane fails; chosen so that they take at most a quarter of peer_timeout",
     ),
     Variable("FABRIC_VERBS_TRAFFIC_CLASS", "0", "traffic class (DSCP and ECN) on RoCE"),
     Variable("FABRIC_VERBS_SERVICE_LEVEL", "0", "service level of queue pairs, 0 to 15"),
