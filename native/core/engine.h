@@ -34,13 +34,14 @@
 #define FAB_NAP_NS (500 * NS_PER_US)
 #define FAB_HELLO_EVERY_NS (100 * NS_PER_MS)
 #define FAB_CONTACT_NS NS_PER_S    /* that one lane is tried for first contact */
-#define FAB_LOST_FRAMES 128            /* of one peer, to be sent again over another lane */
-#define FAB_GRANTS_ASKED 4          /* GRANT_REQ of one session without an answer */
-#define FAB_VOIDS_PENDING 1024      /* ids of one peer still to be told void */
+#define FAB_EARLIER_SESSIONS 16 /* of one peer: a late copy of their HELLO changes nothing */
+#define FAB_LOST_FRAMES 128 /* of one peer, to be sent again over another lane */
+#define FAB_GRANTS_ASKED 4 /* GRANT_REQ of one session without an answer */
+#define FAB_VOIDS_PENDING 1024 /* ids of one peer still to be told void */
 #define FAB_VOIDS_PER_FRAME 256
-#define FAB_MESSAGES_QUEUED 256     /* of one peer, not yet wholly sent */
-#define FAB_NEWCOMERS 64            /* waiting for the application's word */
-#define FAB_BARRED 65536            /* incarnations refused; the oldest are forgotten */
+#define FAB_MESSAGES_QUEUED 256 /* of one peer, not yet wholly sent */
+#define FAB_NEWCOMERS 64 /* waiting for the application's word */
+#define FAB_BARRED 65536 /* incarnations refused; the oldest are forgotten */
 #define FAB_NO_WATCH UINT32_MAX
 
 struct fab_engine;
@@ -61,11 +62,11 @@ enum { FAB_CELL_OPEN = 1, FAB_CELL_VOID = 2, FAB_CELL_USED = 4, FAB_CELL_OVERFLO
 struct fab_cell {
     _Atomic uint64_t sum; /* ranges x 720720 */
     _Atomic uint32_t flags;
-    uint32_t id;     /* of a user cell; generation of an engine cell */
-    uint32_t opens;  /* counters that are open on it */
-    uint32_t watch;  /* first watch, or FAB_NO_WATCH */
-    uint32_t early;  /* user cell nobody opened yet: index + 1 of the peer charged for it */
-    uint32_t next;   /* hash chain or free list of user cells, index + 1 */
+    uint32_t id; /* of a user cell; generation of an engine cell */
+    uint32_t opens; /* counters that are open on it */
+    uint32_t watch; /* first watch, or FAB_NO_WATCH */
+    uint32_t early; /* user cell nobody opened yet: index + 1 of the peer charged for it */
+    uint32_t next; /* hash chain or free list of user cells, index + 1 */
 };
 
 struct fab_counter {
@@ -80,7 +81,7 @@ struct fab_region {
     struct fab_slot slot;
     uint8_t *base;
     uint64_t length;
-    uint64_t mapped;  /* bytes to unmap; 0: not ours */
+    uint64_t mapped; /* bytes to unmap; 0: not ours */
     uint64_t secret;
     int kind, device;
     int memfd;
@@ -89,13 +90,13 @@ struct fab_region {
     uint8_t only[FAB_ENGINE_ID_BYTES]; /* alias: the one engine it is granted to */
     bool restricted;
     _Atomic bool closing; /* nothing of ours begins any more */
-    bool quiescing;       /* and nobody is granted it */
+    bool quiescing; /* and nobody is granted it */
     _Atomic uint32_t busy; /* transfers that read from it */
     struct fab_mr *mrs[FAB_MAX_NICS];
     fab_key keys[FAB_MAX_NICS];
     uint64_t holders[FAB_MAX_PEERS / 64];
-    uint64_t ask[FAB_MAX_PEERS / 64];      /* holders to be asked to stop */
-    uint64_t quiet[FAB_MAX_PEERS / 64];    /* holders that have not said that they stopped */
+    uint64_t ask[FAB_MAX_PEERS / 64]; /* holders to be asked to stop */
+    uint64_t quiet[FAB_MAX_PEERS / 64]; /* holders that have not said that they stopped */
 };
 
 /* What one peer granted us of one of its regions. */
@@ -110,7 +111,7 @@ struct fab_grant {
     int code;
     bool due_quiesced; /* the owner waits for our QUIESCED */
     struct fab_remote *remote;
-    uint32_t users;       /* fab_import entries */
+    uint32_t users; /* fab_import entries */
     uint32_t outstanding; /* transfers that may have work requests towards it */
 };
 
@@ -130,8 +131,8 @@ enum fab_transfer_kind { FAB_K_WRITE, FAB_K_PAGES, FAB_K_IMM, FAB_K_MESSAGE, FAB
 
 struct fab_share {
     uint64_t begin, end; /* bytes of the range, or pages */
-    uint64_t total;      /* work requests in all */
-    uint64_t per_range;  /* of these, for one range */
+    uint64_t total; /* work requests in all */
+    uint64_t per_range; /* of these, for one range */
     uint64_t posted;
     uint32_t outstanding;
     uint32_t lane;
@@ -202,10 +203,10 @@ enum fab_lane_state {
 
 struct fab_lane_life {
     enum fab_lane_state state;
-    uint32_t nic;    /* ours */
+    uint32_t nic; /* ours */
     uint32_t serial; /* how often it was opened in this session */
     uint32_t weight; /* speed, relative to the peer's other lanes */
-    int64_t credit;  /* of the weighted round robin */
+    int64_t credit; /* of the weighted round robin */
     int64_t since, retry_at;
     uint32_t tries; /* to open it again, since it or a NIC was last up */
     bool due_down, due_open, due_opened, due_wanted;
@@ -228,7 +229,7 @@ struct fab_peer {
     uint32_t nic_count;
     fab_nic_info *nics; /* its address; NULL: it came to us */
 
-    _Atomic uint32_t state;  /* FAB_P_* */
+    _Atomic uint32_t state; /* FAB_P_* */
     _Atomic uint32_t losses; /* sessions that were lost: waits compare */
     _Atomic uint32_t waiters;
     _Atomic int64_t last_waited; /* when a wait that depended on it timed out */
@@ -240,9 +241,12 @@ struct fab_peer {
     struct fab_peer *busy_next;
 
     /* session */
-    bool active;   /* we sent the HELLO */
+    bool active; /* we sent the HELLO */
     bool welcomed; /* we accepted; the peer has not been heard since */
     uint64_t mine, theirs;
+    bool was_up; /* this session */
+    uint64_t earlier[FAB_EARLIER_SESSIONS]; /* theirs of sessions that were up and are over */
+    uint32_t earlier_next;
     uint8_t nonce[16], cookie[16];
     bool has_cookie;
     uint32_t kind_tried; /* bit mask of kinds that could not be reached */
@@ -254,7 +258,7 @@ struct fab_peer {
     uint32_t lane_outstanding[FAB_MAX_LANES];
     struct fab_lane_life life[FAB_MAX_LANES];
     uint32_t lane_count;
-    uint32_t contact;  /* the lane of the handshake, and of control frames while it works */
+    uint32_t contact; /* the lane of the handshake, and of control frames while it works */
     int64_t contact_until; /* when another lane is tried for first contact */
     bool lanes_broken; /* fab_lanes_serve() has something to do */
     struct fab_lost_frame *lost, *last_lost;
@@ -278,20 +282,20 @@ struct fab_peer {
         uint64_t region, secret;
     } asked[2 * FAB_GRANTS_ASKED]; /* grants the peer waits for; each may come twice */
     uint32_t asked_count;
-    uint32_t grants_open;      /* grants we wait for */
-    uint32_t quiesce_open;     /* regions that it has not let go of yet */
+    uint32_t grants_open; /* grants we wait for */
+    uint32_t quiesce_open; /* regions that it has not let go of yet */
     bool due_quiesce, due_quiesced; /* see fab_region.ask, fab_grant.due_quiesced */
 
     struct fab_grant *grants;
     uint32_t grant_count;
-    struct fab_list queue;    /* not wholly posted */
+    struct fab_list queue; /* not wholly posted */
     struct fab_list inflight; /* wholly posted, not acknowledged */
     uint64_t outstanding;
 
     /* messages */
     struct fab_list sending, sent;
-    uint32_t tx_next, tx_limit;            /* fragment numbers */
-    uint32_t rx_next, rx_taken, rx_limit;  /* in order so far; taken by the user; granted */
+    uint32_t tx_next, tx_limit; /* fragment numbers */
+    uint32_t rx_next, rx_taken, rx_limit; /* in order so far; taken by the user; granted */
     struct fab_message *rx_partial;
     uint32_t rx_filled;
     struct fab_fragment *rx_window; /* FAB_MESSAGE_FRAMES of them, for unordered lanes */
@@ -321,8 +325,8 @@ struct fab_queue {
     _Atomic uint32_t armed;
     _Atomic bool closed;
     uint32_t head, tail; /* under the progress lock */
-    uint32_t watching;   /* watches that have not posted yet */
-    fab_event *events;   /* FAB_MAX_WATCHES */
+    uint32_t watching; /* watches that have not posted yet */
+    fab_event *events; /* FAB_MAX_WATCHES */
 };
 
 struct fab_pending { /* a HELLO that passed the checks */
@@ -388,11 +392,11 @@ struct fab_engine {
     int wake_fd;
     _Atomic uint32_t worker_state;
     bool armed;
-    _Atomic uint32_t helped;   /* a helper was here since the worker's last look */
+    _Atomic uint32_t helped; /* a helper was here since the worker's last look */
     _Atomic uint32_t helpers;
     _Atomic uint32_t event_seq; /* futex: something changed */
-    _Atomic uint32_t sleepers;  /* waiters blocked on it */
-    bool dirty;                 /* something changed in this turn */
+    _Atomic uint32_t sleepers; /* waiters blocked on it */
+    bool dirty; /* something changed in this turn */
     _Atomic bool stop;
 
     fab_stats stats;

@@ -254,7 +254,7 @@ void fab_handshake_up(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
     p->welcomed = false;
-    p->had_session = true;
+    p->had_session = p->was_up = true;
     p->last_heard = e->now;
     fab_lanes_begin(p);
     fab_messages_begin_session(p);
@@ -347,6 +347,7 @@ static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct
         speeds[i] = h.lanes[i].speed;
         if (!h.lanes[i].blob_len || p->life[i].state != FAB_L_FRESH)
             continue;
+        p->lanes[i]->to_lane = true;
         int rc = p->provider->lane_connect(p->lanes[i], h.lanes[i].blob, h.lanes[i].blob_len);
         if (rc)
             fab_lane_broke(p->lanes[i], fab_take_reason(rc));
@@ -431,6 +432,8 @@ static int open_their_lanes(struct fab_peer *p, struct fab_nic *nic, struct fab_
         int rc = add_lane(p, on, i ? NULL : origin, h->lanes[i].from_nic);
         speeds[i] = h->lanes[i].speed;
         p->doorbells[i] = h->lanes[i].doorbell;
+        if (!rc)
+            p->lanes[i]->to_lane = true;
         if (!rc && h->lanes[i].blob_len)
             rc = on->provider->lane_connect(p->lanes[i], h->lanes[i].blob, h->lanes[i].blob_len);
         if (rc)
@@ -501,11 +504,21 @@ static void enqueue(struct fab_nic *nic, struct fab_origin *origin, const struct
 
 enum verdict { ADMIT, DROP, LATER };
 
+static bool of_an_earlier_session(const struct fab_peer *p, uint64_t session)
+{
+    for (uint32_t i = 0; i < FAB_EARLIER_SESSIONS; i++)
+        if (p->earlier[i] == session)
+            return true;
+    return false;
+}
+
 /* What becomes of a HELLO that meets a session (S2, S4). */
 static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello *h)
 {
     struct fab_peer *p = fab_peer_find(e, h->from);
     uint32_t state = p ? atomic_load_explicit(&p->state, memory_order_relaxed) : FAB_P_IDLE;
+    if (p && of_an_earlier_session(p, h->session))
+        return DROP;
     if (state == FAB_P_CONNECTING && p->active && !p->ending) {
         if (memcmp(e->id, h->from, sizeof e->id) < 0)
             return DROP; /* ours wins */

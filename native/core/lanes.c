@@ -371,7 +371,7 @@ static bool open_half(struct fab_peer *p, uint32_t i)
     }
     p->lanes[i]->peer = p;
     p->lanes[i]->number = i;
-    p->lanes[i]->established = true;
+    p->lanes[i]->established = p->lanes[i]->to_lane = true;
     p->life[i].since = p->engine->now;
     return true;
 }

@@ -127,6 +127,9 @@ static void forget_session(struct fab_peer *p)
     fab_remotes_end_session(p);
     fab_regions_forget_holder(p);
     fab_messages_end_session(p);
+    if (p->was_up)
+        p->earlier[p->earlier_next++ % FAB_EARLIER_SESSIONS] = p->theirs;
+    p->was_up = false;
     p->mine = p->theirs = 0;
     p->lane_count = 0;
     p->voided_any = false;
@@ -374,6 +377,27 @@ static void on_ping(struct fab_peer *p, struct fab_reader *r)
     p->due_pong = true;
 }
 
+/* Whether the body is as long as the type says; those of BYE, MESSAGE and VOID tell it themselves. */
+static bool right_length(const struct fab_header *h, const struct fab_reader *r)
+{
+    static const uint8_t lengths[FAB_F_LAST + 1] = {[FAB_F_PING] = 8,
+                                                    [FAB_F_PONG] = 8,
+                                                    [FAB_F_ACK] = 8,
+                                                    [FAB_F_VOIDED] = 4,
+                                                    [FAB_F_GRANT_REQ] = 16,
+                                                    [FAB_F_GRANT] = 32,
+                                                    [FAB_F_QUIESCE] = 8,
+                                                    [FAB_F_QUIESCED] = 8,
+                                                    [FAB_F_LANE_DOWN] = 8,
+                                                    [FAB_F_LANE_READY] = 8,
+                                                    [FAB_F_LANE_WANTED] = 8,
+                                                    [FAB_F_LANE_OPEN] = 12 + FAB_BLOB_MAX,
+                                                    [FAB_F_LANE_OPENED] = 12 + FAB_BLOB_MAX};
+    if (h->type == FAB_F_BYE || h->type == FAB_F_MESSAGE || h->type == FAB_F_VOID)
+        return true;
+    return r->length - r->at == lengths[h->type];
+}
+
 /* Frames of an established session, by type. */
 static void dispatch(struct fab_peer *p, const struct fab_header *h, struct fab_reader *r, int *fd)
 {
@@ -462,7 +486,8 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
         if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);
         fab_lanes_heard(p, lane);
-        if (atomic_load(&p->state) == FAB_P_UP)
+        r.bad = !right_length(&h, &r);
+        if (atomic_load(&p->state) == FAB_P_UP && !r.bad)
             dispatch(p, &h, &r, &own_fd);
         if (r.bad)
             refuse_frame(p, "malformed body");

@@ -117,6 +117,7 @@ struct fab_lane {
     uint32_t number;            /* among the peer's lanes */
     uint32_t window;            /* work requests that may be outstanding */
     bool established;           /* the core: the peer has connected its half, too */
+    bool to_lane;               /* the core: from now on blobs are of lanes, not of a NIC */
     bool given_up;              /* the core: closing it need not wait for its last frames */
     uint8_t blob[FAB_BLOB_MAX]; /* what the peer's lane_connect() needs */
     uint32_t blob_len;

@@ -58,7 +58,7 @@ enum {
     VERBS_MAX_LANES = FAB_MAX_PEERS * FAB_MAX_LANES,
     VERBS_BLOB = 60,         /* bytes of an address; ARCHITECTURE.md has them */
     VERBS_DATAGRAM = 32,     /* bytes of a datagram's header, likewise */
-    VERBS_RETRIES = 7,       /* the most that the field holds */
+    VERBS_RETRIES = 6,       /* 7 is the most, but to rdma_rxe that means for ever */
     VERBS_RNR_FOREVER = 7,
     VERBS_RNR_TIMER = 1,     /* 0.01 ms */
 };
@@ -271,7 +271,7 @@ int verbs_port_read(struct verbs_nic *nic);
 int verbs_fail(const struct verbs_nic *nic, const char *what, int error);
 /* Index of the GID to be used: NCCL's rules. -1: none is usable. */
 int verbs_gid_choose(const struct ibv_gid_entry *table, int count, bool ipv6);
-/* Ack timeout for which all retries together take at most a quarter of the peer timeout: devices
+/* Ack timeout for which all tries together take at most a quarter of the peer timeout: devices
  * may wait up to four times as long as they are told. */
 uint8_t verbs_ack_timeout(int64_t peer_timeout_ns);
 uint32_t verbs_mtu_bytes(enum ibv_mtu mtu);

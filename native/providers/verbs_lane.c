@@ -302,6 +302,10 @@ int verbs_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t leng
     int rc = verbs_blob_read(nic, blob, length, &to);
     if (rc)
         return rc;
+    if (base->to_lane && !to.token) {
+        fab_fail_text("verbs %s: the address of the peer's lane is a NIC's", base->nic->info.name);
+        return -EINVAL;
+    }
     if (lane->peer.token) {
         fab_fail_text("verbs %s: the lane is connected already", base->nic->info.name);
         return -EALREADY;
