@@ -16,7 +16,8 @@ from ._guard import refuse_other_fabric
 
 refuse_other_fabric()
 
-from . import topology as topology  # noqa: E402 - only once nothing is in the way
+from . import _realize as _realize  # noqa: E402 - only once nothing is in the way
+from . import topology as topology  # noqa: E402
 from ._counter import CounterBlock, ImmCounter  # noqa: E402
 from ._descriptor import Descriptor  # noqa: E402
 from ._engine import TransferEngine  # noqa: E402

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import fabric
 from tests import commands
+from tests.harness import wait_until
 
 if TYPE_CHECKING:
-    from tests.harness import Farm
+    from tests.harness import Farm, Node
     from tests.node import State
 
 PROCESSES = 4
@@ -75,6 +77,12 @@ def close_engines(node: State) -> None:
         node.things.pop(f"engine {i}").close()
 
 
+def all_up(node: Node, expected: list[list[int]]) -> bool:
+    """Return whether all engines of a process have these lanes."""
+    found: list[list[int]] = node.call(lanes_of_all)
+    return found == expected
+
+
 def test_all_to_all_at_once(farm: Farm) -> None:
     """Handshakes collide, every lane comes up, and every count is exact."""
     nodes = [farm.bare(f"p{i}") for i in range(PROCESSES)]
@@ -84,7 +92,12 @@ def test_all_to_all_at_once(farm: Farm) -> None:
     greeting = [node.start(greet_all, addresses, at) for node in nodes]
     assert [pending.result(120.0) for pending in greeting] == [[]] * PROCESSES
     width = len(turns[0] or [""])
+    every_lane = [[width] * (ALL - 1)] * ENGINES
     for node in nodes:
-        assert node.call(lanes_of_all) == [[width] * (ALL - 1)] * ENGINES
+        wait_until(
+            functools.partial(all_up, node, every_lane),
+            30.0,
+            f"{node.name}: not every lane came up",
+        )
     for node in nodes:
         node.call(close_engines)
