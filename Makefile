@@ -13,19 +13,22 @@ TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h)
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test ctest lint format wheel clean distclean
+.PHONY: help setup demo test test-softroce ctest lint format wheel clean distclean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: ## Debian packages, .venv, native build (once)
 	@scripts/setup
 
-demo: setup ## prefill in one process, decode in another (PROVIDER=local|tcp, ARGS="...")
+demo: setup ## prefill in one process, decode in another (PROVIDER=local|tcp|verbs, ARGS="...")
 	@.venv/bin/python examples/pd_demo.py $(if $(PROVIDER),--provider $(PROVIDER)) $(ARGS)
 
 test: setup ## pytest against the editable install (ARGS="...")
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-softroce: setup ## pytest and the demo on `verbs`, in an emulated guest (ARGS="..." to pytest)
+	@tests/softroce/suite $(ARGS)
 
 ctest: setup ## C tests; PRESET=dev, asan or tsan
 	@$(TOOLS) scripts/ctest $(or $(PRESET),dev)

@@ -16,9 +16,6 @@ import threading
 import time
 from typing import Any
 
-#: No single wait of the demo is longer than this many seconds.
-PATIENCE = 60.0
-
 Event = dict[str, Any]
 
 
@@ -30,7 +27,8 @@ def emit(event: str, **values: object) -> None:
 class Commands:
     """Lines of stdin, read by a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
         self._lines: queue.Queue[Event] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -40,7 +38,7 @@ class Commands:
         Raises:
             queue.Empty: none in time.
         """
-        return self._lines.get(timeout=PATIENCE)
+        return self._lines.get(timeout=self._patience)
 
     def _read(self) -> None:
         for line in sys.stdin:
@@ -54,6 +52,7 @@ class Options:
 
     provider: str
     corrupt: bool
+    patience: float  # seconds; no single wait is longer
     workload: dict[str, int]
 
 
@@ -91,7 +90,8 @@ class Stopwatch:
 class Acknowledgements:
     """A thread that waits for transfers and notes when each was acknowledged."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
         self._queue: queue.Queue[tuple[list[float], Any] | threading.Event] = queue.Queue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -103,7 +103,7 @@ class Acknowledgements:
         """Wait until everything expected so far has ended."""
         done = threading.Event()
         self._queue.put(done)
-        done.wait(PATIENCE)
+        done.wait(self._patience)
 
     def _run(self) -> None:
         while True:
@@ -113,7 +113,7 @@ class Acknowledgements:
                 continue
             span, transfer = item
             try:
-                transfer.wait(PATIENCE)
+                transfer.wait(self._patience)
             except Exception as error:
                 print(f"prefill: a write failed: {error}", file=sys.stderr)
             span.append(time.monotonic())
@@ -128,7 +128,7 @@ def prefill_main(options: Options, commands: Commands) -> None:
 
     workload = Workload(**options.workload)
     model, layout = workload.model(), workload.layout()
-    watch, acks = Stopwatch(), Acknowledgements()
+    watch, acks = Stopwatch(), Acknowledgements(options.patience)
     # Room for two requests: a third waits until the writes of the first have ended.
     capacity = 2 * layout.pages_for(workload.prompt_tokens)
     tail_bytes = 4 * model.config.hidden_size
@@ -147,7 +147,7 @@ def prefill_main(options: Options, commands: Commands) -> None:
         ) as prefiller:
             emit("ready", address=bytes(engine.address).hex())
             for _ in range(workload.requests):
-                with prefiller.next(PATIENCE) as job:
+                with prefiller.next(options.patience) as job:
 
                     def layer_ready(layer: int, job: Any = job) -> None:
                         if options.corrupt and layer == workload.layers // 2:
@@ -189,7 +189,7 @@ def decode_main(options: Options, commands: Commands) -> None:
 
     def wait(index: int, arrival: Arrival) -> None:
         try:
-            arrival.wait(PATIENCE)
+            arrival.wait(options.patience)
         except Exception as error:
             arrived.put((index, time.monotonic(), error))
         else:
@@ -213,12 +213,12 @@ def decode_main(options: Options, commands: Commands) -> None:
             for index, prompt in enumerate(prompts):
                 submitted.append(time.monotonic())
                 arrival = decoder.submit(
-                    prefiller, prompt, payload=str(index).encode(), timeout=PATIENCE
+                    prefiller, prompt, payload=str(index).encode(), timeout=options.patience
                 )
                 arrivals.append(arrival)
                 threading.Thread(target=wait, args=(index, arrival), daemon=True).start()
             for _ in prompts:
-                index, when, error = arrived.get(timeout=PATIENCE)
+                index, when, error = arrived.get(timeout=options.patience)
                 if error is not None:
                     raise error
                 arrival = arrivals[index]
@@ -244,7 +244,7 @@ def decode_main(options: Options, commands: Commands) -> None:
 def main() -> int:
     role, options = sys.argv[1], Options(**json.loads(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    commands = Commands()
+    commands = Commands(options.patience)
     try:
         (prefill_main if role == "prefill" else decode_main)(options, commands)
     except Exception as error:

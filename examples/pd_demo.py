@@ -31,9 +31,6 @@ HERE = Path(__file__).resolve().parent
 
 NEEDED = ("fabric", "kvtransfer", "torch", "transformers", "matplotlib", "msgpack", "numpy")
 
-#: Seconds until a silent worker counts as stuck.
-PATIENCE = 90.0
-
 Event = dict[str, Any]
 
 
@@ -44,10 +41,13 @@ class DemoError(Exception):
 class Worker:
     """One worker process. Its events go to the `Stage` that it belongs to."""
 
-    def __init__(self, role: str, options: str, events: queue.Queue[Event]) -> None:
+    def __init__(
+        self, role: str, options: str, events: queue.Queue[Event], patience: float
+    ) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
         self.role = role
         self._events = events
+        self._patience = patience
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "_pd_roles.py"), role, options],
             stdin=subprocess.PIPE,
@@ -70,7 +70,7 @@ class Worker:
 
     def wait(self) -> None:
         """Wait for the end of the process."""
-        self._process.wait(PATIENCE)
+        self._process.wait(self._patience)
 
     def _read(self) -> None:
         for line in _pipe(self._process.stdout):
@@ -80,16 +80,17 @@ class Worker:
 
 
 class Stage:
-    """Both workers, and what they say."""
+    """Both workers, and what they say. One that says nothing for `patience` seconds is stuck."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
         self.workers: list[Worker] = []
         self._events: queue.Queue[Event] = queue.Queue()
         self._kept: list[Event] = []
 
     def start(self, role: str, options: str) -> Worker:
         """Start a worker."""
-        worker = Worker(role, options, self._events)
+        worker = Worker(role, options, self._events, self.patience)
         self.workers.append(worker)
         return worker
 
@@ -97,7 +98,7 @@ class Stage:
         """The worker's next event of this kind; other good ones are kept for later.
 
         Raises:
-            DemoError: a worker failed, died, or nobody said anything for `PATIENCE` seconds.
+            DemoError: a worker failed, died, or nobody said anything for `patience` seconds.
         """
         for event in self._kept:
             if (event["role"], event["event"]) == (worker.role, kind):
@@ -105,9 +106,9 @@ class Stage:
                 return event
         while True:
             try:
-                event = self._events.get(timeout=PATIENCE)
+                event = self._events.get(timeout=self.patience)
             except queue.Empty:
-                raise DemoError(f"{worker.role}: nothing for {PATIENCE:.0f} s") from None
+                raise DemoError(f"{worker.role}: nothing for {self.patience:.0f} s") from None
             if event["event"] in {"error", "end"}:
                 raise DemoError(f"{event['role']}: {event['text']}")
             if (event["role"], event["event"]) == (worker.role, kind):
@@ -120,7 +121,7 @@ class Stage:
             worker.tell(leave=True)
             self.expect(worker, "bye")
             worker.wait()
-            self._events.get(timeout=PATIENCE)  # its end
+            self._events.get(timeout=self.patience)  # its end
 
     def kill(self) -> None:
         """End the workers, whatever they are doing, and do not wait for them."""
@@ -138,7 +139,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pd_demo.py", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("--provider", choices=("local", "tcp"), default="local")
+    parser.add_argument("--provider", choices=("local", "tcp", "verbs"), default="local")
     parser.add_argument("--layers", type=_number(1, 64), default=8, metavar="N")
     parser.add_argument("--prompt-tokens", type=_number(1, 8192), default=1024, metavar="N")
     parser.add_argument(
@@ -146,6 +147,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--new-tokens", type=_number(2, 1024), default=24, metavar="N")
     parser.add_argument("--seed", type=_number(0, 2**31 - 1), default=1, metavar="N")
+    parser.add_argument(
+        "--patience",
+        type=_number(1, 3600),
+        default=90,
+        metavar="SECONDS",
+        help="how long a silent process may be busy (default: 90)",
+    )
     parser.add_argument("--timeline", type=Path, default=Path("pd_demo.png"), metavar="FILE.png")
     parser.add_argument(
         "--corrupt",
@@ -181,6 +189,7 @@ def run(options: argparse.Namespace, stage: Stage) -> list[Event]:
         {
             "provider": options.provider,
             "corrupt": options.corrupt,
+            "patience": options.patience * 2 / 3,  # the worker knows better what it waited for
             "workload": workload(options),
         }
     )
@@ -255,7 +264,7 @@ def main() -> int:
         print(f"pd_demo.py: not installed: {', '.join(missing)}; run make demo", file=sys.stderr)
         return 1
     print(f"prefill -> decode, {described(options)}\n", flush=True)
-    stage = Stage()
+    stage = Stage(options.patience)
     end_with_signals(stage)
     started = time.monotonic()
     try:

@@ -17,6 +17,7 @@ import numpy as np
 
 import fabric
 from tests.patterns import Bytes, Copy, difference, image, pattern
+from tests.scale import scaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from tests.node import State
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-KINDS = ("alloc", "bytearray", "memoryview", "numpy", "torch", "pointer")
+KINDS = ("alloc", "bytearray", "memoryview", "numpy", "pointer")
+LONG_PAGE = scaled(1 << 20, less=256)
+"""Bytes of a page of `begin_long`."""
 SETTLE_SECONDS = 0.05
 """How long a count that must not come is given to come."""
 
@@ -269,12 +272,12 @@ def write_pages(
 def begin_long(
     node: State, name: str, source: str, descriptor: bytes, imm: int, pages: int
 ) -> None:
-    """Begin a write of many pages of 1 MiB, all of them the first page of a region."""
+    """Begin a write of many pages of `LONG_PAGE`, all of them the first page of a region."""
     remote = fabric.Descriptor.from_bytes(descriptor)
     sources = np.zeros(pages, np.int32)
-    targets = (np.arange(pages) % (len(remote) >> 20)).astype(np.int32)
+    targets = (np.arange(pages) % (len(remote) // LONG_PAGE)).astype(np.int32)
     node.things[name] = node.engine.write_pages(
-        node.things[source], remote, sources, targets, page_bytes=1 << 20, imm=imm
+        node.things[source], remote, sources, targets, page_bytes=LONG_PAGE, imm=imm
     )
 
 

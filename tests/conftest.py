@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import random
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import Farm, Node, nothing_left_in_shm
+from tests.harness import Farm, Node, close_fork_servers, nothing_left_in_shm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--providers",
         help=f"comma-separated: {', '.join(SETUPS)}; one that is named here and missing is an error"
-        " (default: local,tcp, and one that is missing skips)",
+        " (default: local,tcp, and one that is missing skips); only tests that depend on the"
+        " provider run, and those that need the SoftRoCE guest",
     )
     group.addoption("--seed", type=int, help="seed of random sizes and orders (default: random)")
 
@@ -42,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*names): the test is about these providers")
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1 << 31)
+
+
+def pytest_unconfigure() -> None:
+    """End the processes that nodes were forked from."""
+    close_fork_servers()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -67,6 +74,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for mark in metafunc.definition.iter_markers("only"):
             names = [name for name in names if name in mark.args]
         metafunc.parametrize("provider", names, scope="module")
+
+
+NEEDS_GUEST = "needs the SoftRoCE guest"
+"""How the reason begins for which a test skips outside of the guest."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where providers are named, leave out what says nothing about them."""
+    if config.option.providers is None:
+        return
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        (kept if is_of_a_provider(item) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def is_of_a_provider(item: pytest.Item) -> bool:
+    """Return whether a test runs on a provider that was named, or on a NIC of the guest itself."""
+    if "provider" in getattr(item, "fixturenames", ()):
+        # Not so where the test is about other providers only: then it is there to be skipped.
+        return item.callspec.params["provider"] in SETUPS  # type: ignore[attr-defined]
+    marks = item.iter_markers("skipif")
+    return any(mark.kwargs.get("reason", "").startswith(NEEDS_GUEST) for mark in marks)
+
+
+@pytest.fixture
+def torch() -> tuple[str, ...]:
+    """The `modules` of nodes in which a test uses torch; it is imported in no other process."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    return ("torch",)
 
 
 @pytest.fixture

@@ -2,14 +2,17 @@
 
 A test runs functions in it: ``node.call(function, *args)`` waits for the result, ``node.start``
 returns a `Pending`. An exception over there is raised here with its class, text and plain
-attributes; the traceback of the other process is its cause.
+attributes; the traceback of the other process is its cause. The processes are forked by one that
+has imported what they need (`ForkServer`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +26,7 @@ import pytest
 
 import fabric
 from tests import commands
+from tests.scale import patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,9 +35,102 @@ if TYPE_CHECKING:
     from tests.patterns import Copy
 
 ROOT = Path(__file__).resolve().parent.parent
-CALL_SECONDS = 60.0
+CALL_SECONDS = patient(60.0)
 """How long a command may take where the test does not say otherwise."""
-EXIT_SECONDS = 20.0
+EXIT_SECONDS = patient(20.0)
+IMPORTS = ("tests.commands", "tests.harness", "kvtransfer")
+"""What the nodes of all tests import; the modules of tests themselves come with the commands."""
+REPLY_BYTES = 64
+
+
+class ForkServer:
+    """A process that has imported modules, and forks nodes. It ends when this one does.
+
+    It ignores SIGINT and sees this process's end by its socket; then it kills what it has forked.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.node", str(theirs.fileno()), *modules],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                # Without threads of these libraries: only the thread that forks is in the child.
+                env={**environment(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+
+    def fork(self, connection: socket.socket, env: dict[str, str]) -> Process:
+        """Fork a node that serves `connection` and has our stdout and stderr."""
+        fds = [connection.fileno(), 1, 2]
+        return Process(self, self.ask({"environment": {**environment(), **env}}, fds))
+
+    def ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> int:
+        """Send a request; returns the answer."""
+        socket.send_fds(self.control, [json.dumps(request).encode()], fds)
+        reply = self.control.recv(REPLY_BYTES)
+        if not reply:
+            raise NodeDiedError(f"the fork server ended with {self.process.wait(EXIT_SECONDS)}")
+        result: int = json.loads(reply)
+        return result
+
+    def close(self) -> None:
+        """Let it end, which kills every node that is still there."""
+        self.control.close()
+        self.process.wait(EXIT_SECONDS)
+
+
+_fork_servers: dict[tuple[str, ...], ForkServer] = {}
+
+
+def fork_server(modules: tuple[str, ...] = ()) -> ForkServer:
+    """Return the fork server that has imported these modules as well; one for each combination."""
+    if modules not in _fork_servers:
+        _fork_servers[modules] = ForkServer((*IMPORTS, *modules))
+    return _fork_servers[modules]
+
+
+def close_fork_servers() -> None:
+    """End what `fork_server` made."""
+    while _fork_servers:
+        _fork_servers.popitem()[1].close()
+
+
+class Process:
+    """A child of a fork server, with the methods of a `subprocess.Popen` that tests need."""
+
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        self.server = server
+        self.pid = pid
+        self.returncode: int | None = None
+        self._pidfd = os.pidfd_open(pid)  # the server reaps it only when told to
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the process runs."""
+        with contextlib.suppress(TimeoutError):
+            return self.wait(0.0)
+        return None
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end of the process and reap it; returns the exit status."""
+        if self.returncode is None:
+            watch = select.poll()
+            watch.register(self._pidfd, select.POLLIN)
+            if not watch.poll(timeout * 1000):
+                raise TimeoutError(f"process {self.pid} runs after {timeout} s")
+            self.returncode = self.server.ask({"reap": self.pid})
+            os.close(self._pidfd)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL the process."""
+        self.send_signal(signal.SIGKILL)
 
 
 class NodeDiedError(Exception):
@@ -90,20 +187,16 @@ class Pending:
 class Node:
     """A process that owns one engine. The methods below are what most tests need."""
 
-    def __init__(self, name: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, env: dict[str, str] | None = None, modules: tuple[str, ...] = ()
+    ) -> None:
         ours, theirs = socket.socketpair()
         self.name = name
         self.number = 0
         self.replies: dict[int, tuple[bool, Any]] = {}
         self.connection = Connection(ours.detach())
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.node", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": python_path(), **(env or {})},
-            )
+            self.process = fork_server(modules).fork(theirs, env or {})
         self.pid = self.process.pid
         self.address = b""
 
@@ -135,11 +228,11 @@ class Node:
             raise NodeDiedError(f"{self.name} ended with {code} while a command ran") from error
 
     def signal(self, number: int) -> None:
-        """Send a signal to the node's process, which is our child and not yet reaped."""
+        """Send a signal to the node's process."""
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL the node and reap it."""
+        """SIGKILL the node and reap it, if that has not been done."""
         self.process.kill()
         self.process.wait(EXIT_SECONDS)
         self.connection.close()
@@ -157,14 +250,14 @@ class Node:
         """Return whether the process runs."""
         return self.process.poll() is None
 
-    def close(self) -> int:
-        """Ask the node to close its engine and leave; returns its exit status."""
-        if self.process.returncode is not None:
-            self.connection.close()
-            return self.process.returncode
+    def leave(self) -> None:
+        """Ask the node to close its engine and leave; `join` waits for that."""
         self.thaw()
         with contextlib.suppress(OSError):
             self.connection.send(None)
+
+    def join(self) -> int:
+        """Wait for the end of the node; returns its exit status."""
         try:
             return self.process.wait(EXIT_SECONDS)
         finally:
@@ -249,16 +342,27 @@ class Farm:
         """The NICs of the node that is made next: its turn."""
         return self.turns[len(self.nodes) % len(self.turns)]
 
-    def bare(self, name: str, env: dict[str, str] | None = None) -> Node:
+    def bare(
+        self, name: str, env: dict[str, str] | None = None, modules: tuple[str, ...] = ()
+    ) -> Node:
         """Return a node that has no engine yet."""
-        node = Node(name, env)
+        node = Node(name, env, modules)
         self.nodes.append(node)
         return node
 
-    def __call__(self, name: str, env: dict[str, str] | None = None, **options: Any) -> Node:
-        """Return a node with an engine of the provider under test; skip where there is none."""
+    def __call__(
+        self,
+        name: str,
+        env: dict[str, str] | None = None,
+        modules: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Node:
+        """Return a node with an engine of the provider under test; skip where there is none.
+
+        What the node needs and is slow to import belongs into `modules`: all nodes share it.
+        """
         nics = options.pop("nics", self.nics)
-        node = self.bare(name, env)
+        node = self.bare(name, env, modules)
         try:
             return node.open(self.provider, nics, **options)
         except BaseException as error:
@@ -282,28 +386,29 @@ class Farm:
         codes = {}
         self.kill_strangers()
         try:
-            for node in self.nodes:
-                alive = node.alive()
-                code = node.close()
-                if alive and code != 0:
+            living = [node for node in self.nodes if node.alive()]
+            for node in living:
+                node.leave()
+            for node in living:
+                if code := node.join():
                     codes[node.name] = code
         finally:
             for node in self.nodes:
-                if node.alive():
-                    node.kill()
+                node.kill()
         assert not codes, f"nodes that did not leave cleanly: {codes}"
 
 
-def python_path() -> str:
-    """Return PYTHONPATH for a process that imports from this tree."""
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def environment() -> dict[str, str]:
+    """Return our environment, for a Python that imports from this tree."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, complaint: str) -> None:
-    """Poll until `condition` holds; fail with `complaint` after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    """Poll until `condition` holds; fail with `complaint` after `patient(timeout)` seconds."""
+    deadline = time.monotonic() + patient(timeout)
     while not condition():
-        assert time.monotonic() < deadline, f"{complaint} (within {timeout} s)"
+        assert time.monotonic() < deadline, f"{complaint} (within {patient(timeout)} s)"
         time.sleep(0.01)
 
 

@@ -14,13 +14,15 @@ import fabric
 from tests import commands
 from tests.harness import Farm, Node, wait_until
 from tests.node import Failure, State, describe
+from tests.scale import patient, scaled
 
-PAGE = 1 << 20
+PAGE = commands.LONG_PAGE
 SLOTS = 64  # pages of a destination
 PAGES = 32_768  # of the write that is cut short: seconds of work, its last page alone at the end
+ACKNOWLEDGED = 500  # of which the sender must know some: not every write is acknowledged alone
 MARK = 0xA5  # what the source holds; the destination holds zeros
-TIMEOUT = 2.0  # peer_timeout of these engines, in seconds
-SLACK = 1.5  # for two cores that others use as well, in seconds
+TIMEOUT = patient(2.0)  # peer_timeout of these engines, in seconds
+SLACK = patient(1.5)  # for two cores that others use as well, in seconds
 CHILDREN = ["none", "python", "raw"]
 
 
@@ -190,7 +192,7 @@ def kill_the_receiver(farm: Farm, child: str, kind: str) -> None:
     a.write("src", descriptor, imm=imm)
     fork_in(farm, b, child)
     writing = a.start(write_for_long, descriptor, imm, thread=True)
-    b.start(die_when_counted, "count", 20)
+    b.start(die_when_counted, "count", ACKNOWLEDGED)
     b.process.wait(30.0)
     struck = time.monotonic()
     failed, failure = writing.result()
@@ -259,19 +261,19 @@ def test_one_that_came_back_is_somebody_else(farm: Farm) -> None:
 
 def test_a_slow_wait_does_not_hold_up_other_peers(farm: Farm) -> None:
     """One dead peer delays nobody else's transfers."""
-    a, b, c = (farm(name, peer_timeout=5.0) for name in "abc")
+    a, b, c = (farm(name, peer_timeout=patient(5.0)) for name in "abc")
     exchange(a, c)
     exchange(a, b)
-    a.region("src", 8 << 20, 1)
-    stuck = b.region("dst", 8 << 20, 2, "numpy")
-    good = c.region("dst", 8 << 20, 2, "numpy")
+    a.region("src", scaled(8 << 20), 1)
+    stuck = b.region("dst", scaled(8 << 20), 2, "numpy")
+    good = c.region("dst", scaled(8 << 20), 2, "numpy")
     b.freeze()
     for number in range(50):
         a.call(commands.begin_write, f"stuck {number}", "src", stuck, {})
     begin = time.monotonic()
     for _ in range(10):
         a.write("src", good)
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < patient(2.5)
     assert c.differs("dst", 1) == ""
     b.thaw()
     for number in range(50):
@@ -374,9 +376,9 @@ def end_within(node: State, name: str, seconds: float) -> str:
 
 
 def test_a_receiver_that_hung_for_a_moment(farm: Farm) -> None:
-    a, b = (farm(name, peer_timeout=4.0) for name in "ab")
-    a.region("src", 32 << 20, 3)
-    descriptor = b.region("dst", 32 << 20, 4, "numpy")
+    a, b = (farm(name, peer_timeout=patient(4.0)) for name in "ab")
+    a.region("src", scaled(32 << 20), 3)
+    descriptor = b.region("dst", scaled(32 << 20), 4, "numpy")
     imm = b.counter("count")
     a.write("src", descriptor, length=1, imm=imm)
     b.freeze()

@@ -11,13 +11,14 @@ import pytest
 import fabric
 from tests import commands
 from tests.patterns import difference
+from tests.scale import patient, scaled
 
 if TYPE_CHECKING:
     from tests.harness import Farm
     from tests.node import State
 
-SIZE = 4 << 20
-LONG = 32_768  # pages of 1 MiB: seconds of work
+SIZE = scaled(4 << 20)
+LONG = 32_768  # pages: seconds of work
 KINDS = ["alloc", "numpy"]
 
 
@@ -49,7 +50,7 @@ def fence_and_watch(node: State, address: bytes, name: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counted", [False, True])
 def test_nothing_lands_after_disconnect(farm: Farm, kind: str, counted: bool) -> None:
-    a, b = farm("a", peer_timeout=5.0), farm("b", peer_timeout=5.0)
+    a, b = farm("a", peer_timeout=patient(5.0)), farm("b", peer_timeout=patient(5.0))
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2, kind)
     imm = b.counter("count") if counted else None
@@ -85,8 +86,8 @@ def test_nothing_lands_after_disconnect(farm: Farm, kind: str, counted: bool) ->
 def test_a_transfer_that_was_cut_off_voids_nothing_here(farm: Farm, kind: str) -> None:
     """The count stays where it was: no immediate of a session that is over is counted."""
     a, b = farm("a"), farm("b")
-    a.region("src", 1 << 20, 1)
-    descriptor = b.region("dst", 64 << 20, 2, kind)
+    a.region("src", commands.LONG_PAGE, 1)
+    descriptor = b.region("dst", 64 * commands.LONG_PAGE, 2, kind)
     imm = b.counter("count")
     a.call(commands.begin_long, "t", "src", descriptor, imm, LONG)
     b.wait("count", 3)
@@ -130,7 +131,7 @@ def test_a_wait_on_a_peer_that_this_side_disconnects(farm: Farm) -> None:
     b.call(commands.disconnect, a.address)
     with pytest.raises(fabric.PeerUnreachable):
         waiting.result()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < patient(1.0)
 
 
 def test_disconnect_of_a_peer_that_never_came(farm: Farm) -> None:
@@ -216,14 +217,14 @@ def test_deregister_of_a_source_waits_for_its_transfers(farm: Farm) -> None:
 
 
 def test_deregister_fences_a_holder_that_does_not_answer(farm: Farm) -> None:
-    a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
+    a, b = farm("a", peer_timeout=patient(2.0)), farm("b", peer_timeout=patient(2.0))
     a.region("src", SIZE, 1)
     b.region("dst", SIZE, 2)
     a.write("src", b.call(descriptor_of, "dst"))
     a.freeze()
     begin = time.monotonic()
     b.call(commands.deregister, "dst", 10.0)
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < patient(5.0)
     a.thaw()
 
 

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests import commands
+from tests.scale import scaled
 from tests.test_bad_input import refusals, uses
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def test_use_after_fork(farm: Farm) -> None:
 
 def test_forks_under_load(farm: Farm) -> None:
     a, b = farm("a"), farm("b")
-    a.region("src", 1 << 20, 1)
-    descriptor = b.region("dst", 1 << 20, 2)
+    a.region("src", scaled(1 << 20), 1)
+    descriptor = b.region("dst", scaled(1 << 20), 2)
     imm = b.counter("count")
     writing = a.start(write_many, descriptor, imm, 400, thread=True)
     for _ in range(10):

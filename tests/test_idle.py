@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import commands
+from tests.scale import busy
 
 if TYPE_CHECKING:
     from tests.harness import Farm
 
 SECONDS = 5.0
-SHARE = 0.01  # of one core
+SHARE = busy(0.01)  # of one core
 
 
 @pytest.mark.parametrize("waiting", [False, True])

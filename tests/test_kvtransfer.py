@@ -32,6 +32,7 @@ from kvtransfer import (
 from tests import commands
 from tests.harness import wait_until
 from tests.patterns import pattern
+from tests.scale import patient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 TAIL = 100
 MODEL = "model"
-HOLD_SECONDS = 20.0
+HOLD_SECONDS = patient(20.0)
+QUICK = patient(1.0)  # peer_timeout of those that are about to lose a peer
 
 
 def layout_of(joined: bool) -> KvLayout:
@@ -83,7 +85,8 @@ def open_prefiller(node: State, joined: bool, capacity: int, max_jobs: int) -> N
         tail_bytes=TAIL,
         max_jobs=max_jobs,
     )
-    node.things.update(kv=region, prefiller=prefiller, gate=threading.Event(), outcomes={})
+    node.things.update(kv=region, prefiller=prefiller, gate=threading.Event())
+    node.things.update(holding=set(), outcomes={})
     node.things["server"] = threading.Thread(target=serve, args=(node, prefiller), daemon=True)
     node.things["server"].start()
 
@@ -125,19 +128,25 @@ def compute(node: State, job: PrefillJob, order: dict[str, Any]) -> None:
             transfer = job.layer_ready(layer, end)
         if layer == 1:
             transfer.wait(HOLD_SECONDS)
-            act(node, order["do"])
+            act(node, order["do"], seed)
         job.layer_ready(layer)
     job.finish(tail_of(seed))
 
 
-def act(node: State, what: str) -> None:
+def act(node: State, what: str, seed: int) -> None:
     """What happens in the middle of a request."""
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "boom":
         raise RuntimeError("boom")
     elif what == "hold":
+        node.things["holding"].add(seed)
         assert node.things["gate"].wait(HOLD_SECONDS)
+
+
+def holds(node: State, seed: int) -> bool:
+    """Return whether a request is in the middle, with nothing of it under way."""
+    return seed in node.things["holding"]
 
 
 def open_gate(node: State) -> None:
@@ -283,9 +292,9 @@ def all_free(node: Node, capacity: int) -> None:
     assert node.call(pools)[0] == (capacity, 0, 0)
 
 
-def wait_for_half(decoder: Node, seed: int) -> None:
-    """Wait until the first layer of a request of five pages has arrived."""
-    wait_until(lambda: decoder.call(ranges, seed)[0] >= 10, 10.0, "nothing arrives")
+def wait_for_half(prefiller: Node, seed: int) -> None:
+    """Wait until the first layer of a request has arrived, and part of the second."""
+    wait_until(lambda: prefiller.call(holds, seed), 10.0, "the prefiller does not get that far")
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -376,7 +385,7 @@ def test_nothing_lands_after_a_cancellation(pair: tuple[Node, Node]) -> None:
     prefiller, decoder = start(pair)
     decoder.call(submit, prefiller.address, 0, 5, "hold")
     decoder.call(submit, prefiller.address, 2, 5, "hold")
-    wait_for_half(decoder, 0)
+    wait_for_half(prefiller, 0)
     arrived, expected = decoder.call(ranges, 0)
     assert arrived < expected == 31
     decoder.call(cancel, 0)
@@ -398,7 +407,7 @@ def test_nothing_lands_after_a_cancellation(pair: tuple[Node, Node]) -> None:
 def test_a_closing_prefiller_fails_its_requests(pair: tuple[Node, Node]) -> None:
     prefiller, decoder = start(pair)
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_for_half(decoder, 0)
+    wait_for_half(prefiller, 0)
     prefiller.call(close)
     with pytest.raises(RequestFailed, match="closing"):
         decoder.call(wait, 0)
@@ -408,8 +417,8 @@ def test_a_closing_prefiller_fails_its_requests(pair: tuple[Node, Node]) -> None
 
 def test_a_dead_prefiller_frees_the_pages(farm: Farm) -> None:
     """Only its own: the other one's requests go on."""
-    doomed, decoder = start([farm("a", peer_timeout=1.0), farm("b", peer_timeout=1.0)])
-    other = farm("c", peer_timeout=1.0)
+    doomed, decoder = start([farm("a", peer_timeout=QUICK), farm("b", peer_timeout=QUICK)])
+    other = farm("c", peer_timeout=QUICK)
     other.call(open_prefiller, False, 20, 16)
     decoder.call(submit, other.address, 0, 5, "hold")
     decoder.call(submit, doomed.address, 2, 4)
@@ -434,7 +443,7 @@ def test_a_cancellation_without_answer_leaves_a_quarantine(farm: Farm) -> None:
     prefiller, decoder = start([farm("a"), farm("b")])
     for one in (0, 2):
         decoder.call(submit, prefiller.address, one, 5, "hold")
-        wait_for_half(decoder, one)
+        wait_for_half(prefiller, one)
     prefiller.freeze()
     for one in (0, 2):
         with pytest.raises(fabric.WaitTimeout):
@@ -450,9 +459,9 @@ def test_a_cancellation_without_answer_leaves_a_quarantine(farm: Farm) -> None:
 
 def test_a_frozen_prefiller_cannot_write_after_the_fence(farm: Farm) -> None:
     """Not even when it comes back and there is a new session between the same two."""
-    prefiller, decoder = start([farm("a", peer_timeout=1.0), farm("b", peer_timeout=1.0)])
+    prefiller, decoder = start([farm("a", peer_timeout=QUICK), farm("b", peer_timeout=QUICK)])
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_for_half(decoder, 0)
+    wait_for_half(prefiller, 0)
     prefiller.freeze()
     with pytest.raises(fabric.WaitTimeout):
         decoder.call(wait, 0, 0.2)
@@ -477,9 +486,9 @@ def test_a_frozen_prefiller_cannot_write_after_the_fence(farm: Farm) -> None:
 
 
 def test_a_dead_decoder_frees_the_source_pages(farm: Farm) -> None:
-    prefiller, decoder = start([farm("a", peer_timeout=1.0), farm("b", peer_timeout=1.0)])
+    prefiller, decoder = start([farm("a", peer_timeout=QUICK), farm("b", peer_timeout=QUICK)])
     decoder.call(submit, prefiller.address, 0, 5, "hold")
-    wait_for_half(decoder, 0)
+    wait_for_half(prefiller, 0)
     decoder.kill()
     time.sleep(0.1)
     prefiller.call(open_gate)

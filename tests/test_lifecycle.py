@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -15,7 +14,8 @@ import pytest
 
 import fabric
 from tests import commands
-from tests.harness import ROOT, Farm, Node, python_path, wait_until
+from tests.harness import ROOT, Farm, Node, environment, wait_until
+from tests.scale import patient, scaled
 
 if TYPE_CHECKING:
     from tests.node import State
@@ -42,7 +42,7 @@ def test_a_hundred_engines(farm: Farm) -> None:
     node = farm.bare("a")
     first = node.call(open_and_close, farm.provider, farm.nics, 10)
     memory = node.call(commands.resident_bytes)
-    assert node.call(open_and_close, farm.provider, farm.nics, 100) == first
+    assert node.call(open_and_close, farm.provider, farm.nics, scaled(100, 20)) == first
     assert node.call(commands.resident_bytes) - memory < 8 << 20
 
 
@@ -97,13 +97,13 @@ def close_under_load(node: State, descriptor: bytes) -> list[str]:
 
 def test_close_with_transfers_outstanding(farm: Farm) -> None:
     a, b = farm("a"), farm("b")
-    a.region("src", 64 << 20, 1)
-    descriptor = b.region("dst", 64 << 20, 2, "numpy")
+    a.region("src", scaled(64 << 20), 1)
+    descriptor = b.region("dst", scaled(64 << 20), 2, "numpy")
     a.counter("count")
     a.write("src", descriptor, length=1)
     begin = time.monotonic()
     ends = a.call(close_under_load, descriptor)
-    assert time.monotonic() - begin < 20.0
+    assert time.monotonic() - begin < patient(20.0)
     assert ends[0] == "EngineClosed"
     assert len(ends) == 21
     assert set(ends[1:]) <= {"done", "EngineClosed", "PeerUnreachable", "TransferCancelled"}
@@ -114,7 +114,7 @@ def test_close_with_transfers_outstanding(farm: Farm) -> None:
 
 
 def test_close_with_a_peer_that_hangs(farm: Farm) -> None:
-    a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
+    a, b = farm("a", peer_timeout=patient(2.0)), farm("b", peer_timeout=patient(2.0))
     a.region("src", 1 << 20, 1)
     descriptor = b.region("dst", 1 << 20, 2, "numpy")
     a.write("src", descriptor)
@@ -122,7 +122,7 @@ def test_close_with_a_peer_that_hangs(farm: Farm) -> None:
     a.call(commands.begin_write, "t", "src", descriptor, {})
     begin = time.monotonic()
     a.call(commands.close_engine)
-    assert time.monotonic() - begin < 6.0
+    assert time.monotonic() - begin < patient(6.0)
     b.thaw()
 
 
@@ -169,15 +169,15 @@ def test_leaving_without_closing(farm: Farm, how: str) -> None:
             how,
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": python_path()},
+        env=environment(),
         capture_output=True,
-        timeout=30.0,
+        timeout=patient(30.0),
         check=False,
     )
     assert done.returncode == (3 if how == "error" else 0), done.stderr.decode()
     assert b"Error" not in done.stderr, done.stderr.decode()
     assert b"Exception" not in done.stderr, done.stderr.decode()
-    assert time.monotonic() - begin < 15.0
+    assert time.monotonic() - begin < patient(15.0)
     wait_until(lambda: b.stats()["peers_up"] == 0, 5.0, "the peer that left is still up")
 
 
@@ -213,7 +213,7 @@ def test_another_secret(farm: Farm, ours: bytes | None, theirs: bytes | None) ->
     begin = time.monotonic()
     with pytest.raises(fabric.PeerUnreachable, match="secret"):
         a.write("src", descriptor)
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < patient(5.0)
     assert b.differs("dst", 2) == ""
     assert a.stats()["peers_up"] == b.stats()["peers_up"] == 0
     # Whoever knows the secret is not kept out by one who does not.
@@ -317,9 +317,8 @@ def test_a_view_outlives_its_region(pair: Pair) -> None:
     assert a.call(look_after_deregister) == "good"
 
 
-def test_tensors_and_arrays_of_a_region(pair: Pair) -> None:
-    pytest.importorskip("torch")
-    a, _ = pair
+def test_tensors_and_arrays_of_a_region(farm: Farm, torch: tuple[str, ...]) -> None:
+    a = farm("a", modules=torch)
     assert a.call(views_of_a_region) == [77, 77, 77]
 
 

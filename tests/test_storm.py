@@ -15,6 +15,7 @@ import pytest
 import fabric
 from tests import commands
 from tests.patterns import Bytes, difference, pattern
+from tests.scale import scaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +29,16 @@ THREADS = 4
 WINDOW = 256  # writes that one thread has under way
 OLD, NEW = 31, 32
 GROWTH_BYTES = 4 << 20  # by which a process may grow in a second run
-GROWTH_BLOCKS = 1000  # of Python's allocator; a run makes twenty times as many writes
+GROWTH_BLOCKS = 1000  # of Python's allocator; a run makes several times as many writes
 Write = tuple[int, int, int, int]  # source offset, destination offset, length, which id
 
 
-def plan(seed: int) -> tuple[list[Write], int]:
+def plan(seed: int, count: int) -> tuple[list[Write], int]:
     """Return writes to disjoint destinations in random order, and the destination's size."""
     rng = random.Random(seed)
-    limits = rng.choices([64, 4096, 32 << 10, 256 << 10], [40, 50, 9, 1], k=WRITES)
+    limits = rng.choices([64, 4096, 32 << 10, 256 << 10], [40, 50, 9, 1], k=count)
     lengths = [rng.randrange(limit + 1) for limit in limits]
-    order = rng.sample(range(WRITES), WRITES)
+    order = rng.sample(range(count), count)
     writes, end = [], 0
     for index in order:
         start = end + rng.randrange(3)
@@ -156,12 +157,13 @@ def storm(pair: tuple[Node, Node], descriptor: bytes, writes: list[Write], size:
 @pytest.mark.parametrize("kind", ["alloc", "numpy"])
 def test_storm(farm: Farm, kind: str, seed: int) -> None:
     pair = a, b = farm("a"), farm("b")
-    writes, size = plan(seed)
+    writes, size = plan(seed, WRITES)
     a.region("src", 2 << 20, NEW)
     descriptor = b.region("dst", size, OLD, kind)
     storm(pair, descriptor, writes, size)
     # What the allocators keep for themselves differs by some MiB from run to run, so a growth
     # must show twice; a leak of anything for each write would be there in every run.
+    writes, size = plan(seed, scaled(WRITES, 2500))
     for attempt in (1, 2):
         before = [node.call(sizes) for node in pair]
         storm(pair, descriptor, writes, size)

@@ -11,12 +11,13 @@ import pytest
 import fabric
 from tests import commands
 from tests.harness import Farm, Node
+from tests.scale import scaled
 
 if TYPE_CHECKING:
     from tests.node import State
     from tests.patterns import Copy
 
-SIZES = [0, 1, 4095, 16385, 1 << 20, 64 << 20]
+SIZES = [0, 1, 4095, 16385, 1 << 20, scaled(64 << 20, 4 << 20)]
 OLD, NEW = 11, 12  # patterns: what the destination held, and what the source holds
 BEFORE, AFTER = 77, 4211  # bytes of the destination that must stay as they were
 Pair = tuple[Node, Node]
@@ -43,9 +44,12 @@ def test_write(pair: Pair, size: int, source: str, destination: str) -> None:
 
 @pytest.mark.parametrize("kind", commands.KINDS)
 def test_any_contiguous_memory(pair: Pair, kind: str) -> None:
-    if kind == "torch":
-        pytest.importorskip("torch")
     move(pair, 300_001, kind, kind)
+
+
+def test_memory_of_torch(farm: Farm, torch: tuple[str, ...]) -> None:
+    a, b = (farm(name, modules=torch) for name in "ab")
+    move((a, b), 300_001, "torch", "torch")
 
 
 @pytest.mark.only("local")
@@ -60,7 +64,7 @@ def test_pull(farm: Farm, method: str, source: str) -> None:
 
 
 def test_both_directions_at_once(pair: Pair) -> None:
-    size = 8 << 20
+    size = scaled(8 << 20)
     for node, fill in zip(pair, (21, 22), strict=True):
         node.region("src", size, fill)
     descriptors = [node.region("dst", size, OLD) for node in pair]
@@ -184,7 +188,7 @@ def test_one_source_page_to_many(pair: Pair) -> None:
 
 def test_large_pages(pair: Pair, seed: int) -> None:
     a, b = pair
-    size = (1 << 20) + 1
+    size = scaled(1 << 20) + 1
     pages = (list(range(16)), random.Random(seed).sample(range(16), 16))
     a.region("src", 16 * size, NEW)
     descriptor = b.region("dst", 16 * size, OLD)
@@ -264,7 +268,7 @@ def test_barrier(trio: Trio) -> None:
 def test_several_lanes(farm: Farm, counts: tuple[int, int]) -> None:
     """A range counts once, whatever the number of NICs on either side."""
     a, b = farm("a", nics=["lo"] * counts[0]), farm("b", nics=["lo"] * counts[1])
-    for size in (0, 1, 4095, 16385, 8 << 20):
+    for size in (0, 1, 4095, 16385, scaled(8 << 20)):
         move((a, b), size, "alloc", "numpy")
         assert a.settle() == b.settle() == {}
     test_pages((a, b), 1023, "alloc", 5)
