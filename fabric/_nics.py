@@ -9,7 +9,7 @@ from ._errors import check, text_of
 from ._native import ffi, lib
 from ._peer import KINDS
 
-PROVIDERS = ("local", "tcp", "efa", "verbs")
+PROVIDERS = ("local", "tcp", "efa", "verbs", "rxm")
 """Providers by the names that `TransferEngine` takes."""
 
 

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/utsname.h>
 
 #include "providers/provider.h"
 
@@ -119,8 +120,20 @@ static const char *verbs_symbol(const char *name, char out[64])
     return out;
 }
 
-/* A process that forks must keep what is registered: asked for before the first device is opened,
- * since later is too late. On kernels from 5.12 there is nothing to do. */
+/* From Linux 5.12 on, fork() copies pinned pages for the child, and the parent keeps those that the
+ * NIC writes to. */
+static bool fork_copies_pinned_pages(void)
+{
+    struct utsname name;
+    unsigned major = 0, minor = 0;
+
+    return uname(&name) == 0 && sscanf(name.release, "%u.%u", &major, &minor) == 2 &&
+           (major > 5 || (major == 5 && minor >= 12));
+}
+
+/* Before 5.12 registered pages must be kept out of children, which is to be asked for before the
+ * first device is opened. A child then crashes on whatever else lies in those pages, so this is not
+ * asked for without need. */
 static void verbs_load(void)
 {
     struct library *lib = &verbs_library;
@@ -133,7 +146,8 @@ static void verbs_load(void)
         return;
     FAB_IBV_FUNCTIONS(LOAD)
 #undef LOAD
-    (void)libibverbs.fork_init();
+    if (!fork_copies_pinned_pages())
+        (void)libibverbs.fork_init();
     libibverbs_ready = true;
 }
 

@@ -1,4 +1,4 @@
-/* NICs over libfabric: "tcp" and "efa"; the contract is in ofi.h and provider.h. */
+/* NICs over libfabric: "tcp", "efa" and "rxm"; the contract is in ofi.h and provider.h. */
 #include "providers/ofi.h"
 
 #include <errno.h>
@@ -17,14 +17,23 @@ static int watch_fd(struct ofi_nic *nic, int fd)
     return epoll_ctl(nic->base.wait_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
 
-static int watch_domain(struct ofi_nic *nic, struct ofi_domain *domain)
+int ofi_domain_watch(struct ofi_domain *domain)
 {
     int fd = -1;
 
     if (!domain->waker)
         return 0;
     int rc = fi_control(&domain->waker->fid, FI_GETWAIT, &fd);
-    return rc ? rc : watch_fd(nic, fd);
+    return rc ? rc : watch_fd(domain->nic, fd);
+}
+
+/* Closing the file descriptor is not enough where a forked child has it, too. */
+void ofi_domain_unwatch(struct ofi_domain *domain)
+{
+    int fd = -1;
+
+    if (domain->waker && fi_control(&domain->waker->fid, FI_GETWAIT, &fd) == 0)
+        (void)epoll_ctl(domain->nic->base.wait_fd, EPOLL_CTL_DEL, fd, NULL);
 }
 
 static int open_waiting(struct ofi_nic *nic)
@@ -33,9 +42,9 @@ static int open_waiting(struct ofi_nic *nic)
     nic->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     int rc = nic->base.wait_fd < 0 || nic->timer_fd < 0 ? -errno : watch_fd(nic, nic->timer_fd);
     if (rc == 0)
-        rc = watch_domain(nic, nic->data);
+        rc = ofi_domain_watch(nic->data);
     if (rc == 0 && nic->listen != nic->data)
-        rc = watch_domain(nic, nic->listen);
+        rc = ofi_domain_watch(nic->listen);
     return rc ? ofi_fail(nic, "setting up waiting", rc) : 0;
 }
 
@@ -45,9 +54,9 @@ static int open_domains(struct ofi_nic *nic)
 
     if (rc)
         return ofi_fail(nic, "opening the fabric", rc);
-    rc = ofi_domain_open(nic, &nic->data);
+    rc = ofi_domain_open(nic, NULL, &nic->data);
     if (rc == 0 && nic->kind->lane_endpoints)
-        return ofi_domain_open(nic, &nic->listen);
+        return ofi_domain_open(nic, NULL, &nic->listen);
     nic->listen = nic->data;
     return rc;
 }
@@ -182,6 +191,19 @@ static int poll_domain(struct ofi_domain *domain, int budget)
     return done;
 }
 
+/* Queues of lanes, one after the other; the next poll goes on where the budget ended this one. */
+static int poll_lanes(struct ofi_nic *nic, int budget)
+{
+    int done = 0;
+
+    for (uint32_t i = 0; i < nic->lane_slots && done < budget; i++) {
+        struct ofi_lane *lane = nic->lanes[nic->next_lane++ % nic->lane_slots];
+        if (lane)
+            done += poll_domain(lane->domain, OFI_BATCH);
+    }
+    return done;
+}
+
 static void flush_lanes(struct ofi_nic *nic)
 {
     for (uint32_t i = 0; i < nic->lane_slots; i++) {
@@ -206,7 +228,7 @@ static void refill(struct ofi_port *port)
 static int ofi_poll(struct fab_nic *base, int budget)
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
-    int done = poll_domain(nic->data, budget);
+    int done = nic->kind->lane_queues ? poll_lanes(nic, budget) : poll_domain(nic->data, budget);
 
     if (nic->listen != nic->data && (nic->lane_count == 0 || ++nic->turn % OFI_LISTEN_TURN == 0)) {
         done += poll_domain(nic->listen, budget);
@@ -258,6 +280,14 @@ static bool has_event(struct ofi_domain *domain)
     return fid && fi_trywait(domain->nic->fabric, &fid, 1) == -FI_EAGAIN;
 }
 
+static bool lanes_have_event(const struct ofi_nic *nic)
+{
+    for (uint32_t i = 0; i < nic->lane_slots; i++)
+        if (nic->lanes[i] && has_event(nic->lanes[i]->domain))
+            return true;
+    return false;
+}
+
 static int ofi_arm(struct fab_nic *base)
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
@@ -267,7 +297,8 @@ static int ofi_arm(struct fab_nic *base)
     if (!nic->can_sleep || (retry && retry <= now))
         return 1;
     set_timer(nic, retry);
-    return has_event(nic->data) || (nic->listen != nic->data && has_event(nic->listen));
+    return (nic->kind->lane_queues ? lanes_have_event(nic) : has_event(nic->data)) ||
+           (nic->listen != nic->data && has_event(nic->listen));
 }
 
 static void ofi_disarm(struct fab_nic *base)
@@ -298,6 +329,11 @@ static int efa_list(fab_nic_info *out, uint32_t max)
     return ofi_list(&ofi_efa, out, max);
 }
 
+static int rxm_list(fab_nic_info *out, uint32_t max)
+{
+    return ofi_list(&ofi_rxm, out, max);
+}
+
 static int tcp_nic_open(const struct fab_nic_options *options, struct fab_nic **out)
 {
     return nic_open(&fab_provider_tcp, &ofi_tcp, options, out);
@@ -306,6 +342,11 @@ static int tcp_nic_open(const struct fab_nic_options *options, struct fab_nic **
 static int efa_nic_open(const struct fab_nic_options *options, struct fab_nic **out)
 {
     return nic_open(&fab_provider_efa, &ofi_efa, options, out);
+}
+
+static int rxm_nic_open(const struct fab_nic_options *options, struct fab_nic **out)
+{
+    return nic_open(&fab_provider_rxm, &ofi_rxm, options, out);
 }
 
 /* import and unimport are NULL: a work request's address and key say all. */
@@ -329,5 +370,13 @@ const struct fab_provider fab_provider_efa = {
     .kind = FAB_KIND_OFI_EFA,
     .list = efa_list,
     .nic_open = efa_nic_open,
+    OFI_SHARED,
+};
+
+const struct fab_provider fab_provider_rxm = {
+    .name = "rxm",
+    .kind = FAB_KIND_OFI_RXM,
+    .list = rxm_list,
+    .nic_open = rxm_nic_open,
     OFI_SHARED,
 };

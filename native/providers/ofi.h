@@ -12,13 +12,15 @@
  * - tcp: every lane has an endpoint of its own, and closing that is the fence. First frames go to
  *   the NIC's listener, whose domain holds no remotely writable memory, so that nobody who is not
  *   let in can write. Where ofi_kind.lane_endpoints is false (efa), the listener carries all.
- * - One completion queue per domain. A queue that was read empty proves that nothing is pending
- *   on any lane of the domain, which is what arm() needs; with a queue for each lane, reading one
- *   may fill another that was looked at before. What is left of a closed lane in the queue is
- *   taken out before lane_close() returns.
+ * - tcp, efa: one completion queue per domain. A queue that was read empty proves that nothing is
+ *   pending on any lane of the domain, which is what arm() needs; with a queue for each lane,
+ *   reading one may fill another that was looked at before. What is left of a closed lane in the
+ *   queue is taken out before lane_close() returns.
  * - On tcp the immediate travels in the low half of eight bytes of CQ data and the receiving
  *   lane's token in the high half: no late or foreign write can count for a lane. efa has only
- *   four bytes there; the source address names the lane.
+ *   four bytes there; the source address names the lane. rxm has four bytes and no source address,
+ *   so there a lane has a completion queue of its own (ofi_kind.lane_queues), and whoever connects
+ *   to its endpoint counts for it. Nothing moves on one queue of rxm because another is read.
  * - Lanes keep no order (fab_nic_info.ordered is 0), also on tcp: libfabric silently makes a new
  *   connection when one breaks, so a later work request can succeed where an earlier one failed.
  * - On tcp a local completion means only "in the socket". So every frame but those of first contact
@@ -26,6 +28,14 @@
  *   completion proves what was posted before it in the same post(): nothing in post() can change
  *   the connection, and one connection keeps order. Writes are reported when they are proven.
  *   (Asking for it on every write costs an acknowledgement each, a system call at both ends.)
+ * - rxm (verbs under ofi_rxm): a completion of a write is the remote NIC's acknowledgement. Closing
+ *   a connection on which something was received and not yet read crashes libfabric: it posts that
+ *   receive buffer again, on the endpoint that it has just freed. So lane_close() first breaks the
+ *   connection: it posts two writes out of memory of another protection domain. The NIC refuses
+ *   the first, which ends the queue pair for both directions without a word to the peer; the
+ *   second comes back flushed, as proof. What was received by then is read, and then it is closed.
+ *   The same crash is left where the peer closes: between the moments when libfabric looks for
+ *   completions and for closed connections, a last frame and the close would both have to arrive.
  */
 #ifndef FAB_OFI_H
 #define FAB_OFI_H
@@ -59,15 +69,19 @@ enum {
     OFI_LISTEN_TURN = 8,          /* the listener's domain is polled once in so many polls */
     OFI_PORT_MEMORY = 4096,       /* lane addresses that are not used again, at least */
     OFI_PORT_TRIES = 16,
+    OFI_BREAKS = 2,
 };
 
 #define OFI_LINGER_NS 20000000u     /* lane_close waits for frames to be taken (BYE) */
+#define OFI_QUIET_NS 1000000000u    /* it waits as long for a peer that takes nothing */
 #define OFI_REPLY_NS 2000000000u    /* an answer to a stranger is given up */
 #define OFI_RETRY_MIN_NS 20000u     /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
 #define OFI_GRAVES 64                /* closed lanes kept for completions that come late, */
 #define OFI_GRAVE_NS 5000000000u    /* and for how long */
 #define OFI_MAX_WRITE (1ull << 30)
+#define OFI_UNIVERSE_ENV "FI_UNIVERSE_SIZE"
+#define OFI_UNIVERSE "64" /* peers that talk to a listener at the same time, about */
 
 struct ofi_nic;
 struct ofi_lane;
@@ -79,9 +93,12 @@ struct ofi_kind {
     const char *name;
     const char *env;         /* names the NIC that is taken when none is asked for */
     bool lane_endpoints;     /* a lane has an endpoint of its own, so lanes can be fenced */
+    bool lane_queues;        /* and a completion queue, which tells whose an immediate is */
+    bool breaks_first;       /* and is safe to close only once its connection is broken */
     bool delivery;           /* local completions prove nothing; one connection keeps order */
     bool device_memory;      /* GPU memory can be registered */
     bool remote_needed;      /* writes of length 0 must name the doorbell */
+    bool source_needed;      /* and registered memory of ours */
     uint64_t caps;           /* beyond FI_MSG | FI_RMA */
     enum fi_progress progress;
     size_t cq_data_size;     /* 8 also carries the lane's token */
@@ -92,13 +109,13 @@ struct ofi_kind {
     int (*after_enable)(struct fid_ep *ep);
 };
 
-enum ofi_slot_kind { OFI_WRITE = 1, OFI_SEND, OFI_RECV, OFI_REPLY };
+enum ofi_slot_kind { OFI_WRITE = 1, OFI_SEND, OFI_RECV, OFI_REPLY, OFI_BREAK };
 
 /* One operation's context: libfabric hands it back with the completion. */
 struct ofi_slot {
     struct fi_context2 context; /* libfabric's while the operation is under way; first */
     struct ofi_slot *next;      /* free, or waiting to be sent */
-    struct ofi_lane *lane;      /* OFI_WRITE, OFI_SEND */
+    struct ofi_lane *lane;      /* OFI_WRITE, OFI_SEND, OFI_BREAK */
     struct ofi_port *port;      /* OFI_RECV */
     enum ofi_slot_kind kind;
     bool contact;    /* OFI_SEND: to a NIC; its loss is of no consequence */
@@ -142,11 +159,13 @@ struct ofi_event {
 
 struct ofi_domain {
     struct ofi_nic *nic;
+    struct ofi_lane *lane; /* whose queue this is, in the domain of nic->data; else NULL */
     struct fid_domain *fid;
     struct fid_cq *cq;
     struct fid_cq *waker; /* the queue whose file descriptor wakes us; may be cq itself */
     uint32_t head;        /* of queue */
     uint32_t queued;
+    uint32_t events; /* read so far */
     bool dry; /* the last read emptied cq */
     struct ofi_event queue[OFI_QUEUE];
 };
@@ -172,6 +191,7 @@ struct ofi_lane {
     struct fab_lane base;
     struct ofi_port *port; /* its own, or the NIC's */
     struct ofi_port own;
+    struct ofi_domain *domain; /* whose queue has its events */
     uint64_t token;      /* what frames and immediates to this lane must show */
     uint64_t peer_token; /* of the lane at the other end; 0: we point at a NIC */
     uint8_t peer_address[FAB_BLOB_MAX];
@@ -185,6 +205,10 @@ struct ofi_lane {
     uint32_t index;        /* in nic->lanes */
     uint32_t writes_out;
     uint32_t sends_out;
+    uint32_t breaks_tried; /* of breaks[] */
+    uint32_t breaks_out;
+    uint32_t quiet_events; /* of the domain, when last looked at */
+    uint64_t quiet_since;  /* it had no event; 0: closing has not begun */
     uint64_t bytes_out;
     uint64_t retry_at; /* no post before; 0: no gate */
     uint64_t retry_ns;
@@ -192,6 +216,7 @@ struct ofi_lane {
     struct ofi_pool sends;
     struct ofi_slot *free_writes;
     struct ofi_slot writes[OFI_WINDOW];
+    struct ofi_slot breaks[OFI_BREAKS];
 };
 
 /* A remote address on an endpoint that lanes share. */
@@ -222,6 +247,7 @@ struct ofi_nic {
     uint64_t used_ports[2][1024]; /* bitmaps: ports of earlier lanes, recent and older */
     uint32_t used_count;
     uint32_t turn;
+    uint32_t next_lane; /* whose queue is polled first */
     bool can_sleep;
     bool timer_set;
     int timer_fd; /* wakes for what waits for a connection */
@@ -231,7 +257,7 @@ struct ofi_nic {
 void ofi_lanes_exhume(struct ofi_nic *nic, bool all);
 
 /* ofi_info.c */
-extern const struct ofi_kind ofi_tcp, ofi_efa;
+extern const struct ofi_kind ofi_tcp, ofi_efa, ofi_rxm;
 int ofi_list(const struct ofi_kind *kind, fab_nic_info *out, uint32_t max);
 /* The fi_info of the NIC called `name` (NULL: the default), to be freed. */
 int ofi_choose(const struct ofi_kind *kind, const char *name, struct fi_info **out);
@@ -240,8 +266,13 @@ int ofi_fail(const struct ofi_nic *nic, const char *what, ssize_t rc); /* text; 
 uint64_t ofi_now(void);
 int ofi_random(uint64_t *out);
 
+/* ofi.c: lets the domain's queue wake us. */
+int ofi_domain_watch(struct ofi_domain *domain);
+void ofi_domain_unwatch(struct ofi_domain *domain);
+
 /* ofi_domain.c */
-int ofi_domain_open(struct ofi_nic *nic, struct ofi_domain **out);
+/* lane: only a queue, for this lane, in the domain of nic->data; NULL: a domain and its queue. */
+int ofi_domain_open(struct ofi_nic *nic, struct ofi_lane *lane, struct ofi_domain **out);
 void ofi_domain_close(struct ofi_domain *domain);
 /* Moves completions into the queue, up to a batch; sets dry. Returns how many. */
 int ofi_domain_read(struct ofi_domain *domain);

@@ -47,7 +47,8 @@ static int open_queue(struct ofi_domain *domain, bool waits, struct fid_cq **out
  * the domain's sockets. Elsewhere the queue's own fd is the one that an interrupt raises. */
 static int open_queues(struct ofi_domain *domain)
 {
-    bool software = domain->nic->kind->lane_endpoints;
+    const struct ofi_kind *kind = domain->nic->kind;
+    bool software = kind->lane_endpoints && !kind->lane_queues;
     int rc = open_queue(domain, !software, &domain->cq);
 
     if (software)
@@ -60,14 +61,19 @@ static int open_queues(struct ofi_domain *domain)
     return open_queue(domain, false, &domain->cq);
 }
 
-int ofi_domain_open(struct ofi_nic *nic, struct ofi_domain **out)
+int ofi_domain_open(struct ofi_nic *nic, struct ofi_lane *lane, struct ofi_domain **out)
 {
     struct ofi_domain *domain = calloc(1, sizeof(*domain));
 
     if (!domain)
         return -ENOMEM;
     domain->nic = nic;
-    int rc = fi_domain(nic->fabric, nic->info, &domain->fid, domain);
+    domain->lane = lane;
+    int rc = 0;
+    if (lane)
+        domain->fid = nic->data->fid;
+    else
+        rc = fi_domain(nic->fabric, nic->info, &domain->fid, domain);
     if (rc == 0)
         rc = open_queues(domain);
     if (rc) {
@@ -83,11 +89,13 @@ void ofi_domain_close(struct ofi_domain *domain)
 {
     if (!domain)
         return;
+    if (domain->lane)
+        ofi_domain_unwatch(domain);
     if (domain->waker && domain->waker != domain->cq)
         (void)fi_close(&domain->waker->fid);
     if (domain->cq)
         (void)fi_close(&domain->cq->fid);
-    if (domain->fid)
+    if (domain->fid && !domain->lane)
         (void)fi_close(&domain->fid->fid);
     free(domain);
 }
@@ -99,6 +107,7 @@ bool ofi_domain_full(const struct ofi_domain *domain)
 
 static struct ofi_event *queue_tail(struct ofi_domain *domain)
 {
+    domain->events++;
     return &domain->queue[(domain->head + domain->queued++) % OFI_QUEUE];
 }
 

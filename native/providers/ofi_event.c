@@ -14,6 +14,8 @@ static struct ofi_lane *lane_written(const struct ofi_domain *domain, const stru
 {
     const struct ofi_nic *nic = domain->nic;
 
+    if (domain->lane)
+        return domain->lane;
     if (nic->kind->cq_data_size < 8)
         return ofi_lane_of_source(nic, event->from);
     return ofi_lane_of_token(nic, (uint32_t)(event->data >> 32));
@@ -45,7 +47,8 @@ static void down(struct ofi_domain *domain, struct ofi_lane *lane, const char *w
     const char *error = event->error == ECANCELED ? "the connection was lost"
                                                   : domain->nic->lib->strerror(event->error);
 
-    (void)fi_cq_strerror(domain->cq, event->prov_errno, NULL, reason, sizeof(reason));
+    if (!lane->closing) /* rxm asks the queue's endpoint, which may be gone */
+        (void)fi_cq_strerror(domain->cq, event->prov_errno, NULL, reason, sizeof(reason));
     (void)snprintf(text, sizeof(text), "%s %.40s: %s failed: %.60s (%.40s says: %.60s)",
                    domain->nic->kind->name, domain->nic->base.info.name, what, error,
                    domain->nic->base.info.provider, reason);
@@ -171,6 +174,9 @@ void ofi_handle(struct ofi_domain *domain, const struct ofi_event *event)
         break;
     case OFI_REPLY:
         ofi_reply_end(domain->nic, event->slot);
+        break;
+    case OFI_BREAK:
+        event->slot->lane->breaks_out--;
         break;
     }
 }

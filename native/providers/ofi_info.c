@@ -2,7 +2,9 @@
  *
  * tcp is the native RDM provider, which is called "net" up to 1.17 and "tcp" from 1.18 on. Its
  * NICs are network interfaces; where none is named, the first one that leaves this machine is
- * taken, and loopback if there is no other. efa needs 1.18: below, writes are emulated.
+ * taken, and loopback if there is no other. efa needs 1.18: below, writes are emulated. rxm is
+ * verbs under ofi_rxm; its NICs are RDMA devices with an IP address, and FI_VERBS_IFACE and the
+ * like are libfabric's own.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -73,6 +75,22 @@ const struct ofi_kind ofi_efa = {
     .after_enable = efa_after_enable,
 };
 
+/* For networks that one trusts: whoever finds a lane's endpoint can raise immediates on it, as
+ * neither a token nor a source address comes with them, and keys have 32 bits. */
+const struct ofi_kind ofi_rxm = {
+    .kind = FAB_KIND_OFI_RXM,
+    .name = "rxm",
+    .env = "FABRIC_RXM_NIC",
+    .lane_endpoints = true,
+    .lane_queues = true,
+    .breaks_first = true,
+    .source_needed = true,
+    .progress = FI_PROGRESS_MANUAL,
+    .cq_data_size = 4,
+    .api_min = FI_VERSION(1, 17),
+    .api_max = FI_VERSION(1, 17),
+};
+
 uint64_t ofi_now(void)
 {
     struct timespec t;
@@ -97,6 +115,8 @@ int ofi_fail(const struct ofi_nic *nic, const char *what, ssize_t rc)
 
 static const char *provider_of(const struct ofi_kind *kind, const struct fab_libfabric *lib)
 {
+    if (kind->kind == FAB_KIND_OFI_RXM)
+        return "verbs;ofi_rxm";
     if (kind->kind != FAB_KIND_OFI_TCP)
         return kind->name;
     return lib->version < FI_VERSION(1, 18) ? "net" : "tcp";
@@ -122,6 +142,23 @@ static struct fi_info *make_hints(const struct ofi_kind *kind, const struct fab_
     return hints;
 }
 
+/* ofi_rxm gives every endpoint a verbs queue with 256 places for each peer of a "universe", by
+ * default for 1024 peers: more than SoftRoCE has, and 16 MiB of pinned memory for a lane that has
+ * one peer. Only the environment says otherwise, and libfabric reads it once, in the process's
+ * first fi_getinfo(): where that was ours for another provider, the user has to set it. */
+static int getinfo_of_few(const struct fab_libfabric *lib, uint32_t version,
+                          const struct fi_info *hints, struct fi_info **out)
+{
+    bool ours = !getenv(OFI_UNIVERSE_ENV);
+
+    if (ours)
+        (void)setenv(OFI_UNIVERSE_ENV, OFI_UNIVERSE, 1);
+    int rc = lib->getinfo(version, NULL, NULL, 0, hints, out);
+    if (ours)
+        (void)unsetenv(OFI_UNIVERSE_ENV);
+    return rc;
+}
+
 static int get_info(const struct ofi_kind *kind, const struct fab_libfabric *lib,
                     uint64_t more_caps, struct fi_info **out)
 {
@@ -130,7 +167,8 @@ static int get_info(const struct ofi_kind *kind, const struct fab_libfabric *lib
 
     if (!hints)
         return -FI_ENOMEM;
-    int rc = lib->getinfo(version, NULL, NULL, 0, hints, out);
+    int rc = kind->lane_queues ? getinfo_of_few(lib, version, hints, out)
+                               : lib->getinfo(version, NULL, NULL, 0, hints, out);
     lib->freeinfo(hints);
     return rc;
 }
@@ -172,7 +210,7 @@ static int rank_of(const struct ofi_kind *kind, const struct fab_libfabric *lib,
     /* An exact name: "tcp;ofi_rxm" also answers to "tcp". */
     if (strcmp(info->fabric_attr->prov_name, provider_of(kind, lib)) != 0)
         return RANKS;
-    if (kind->kind != FAB_KIND_OFI_TCP) /* efa-direct cannot write zero bytes before 2.6 */
+    if (kind->kind == FAB_KIND_OFI_EFA) /* efa-direct cannot write zero bytes before 2.6 */
         return strcmp(info->fabric_attr->name, "efa-direct") == 0 ? RANKS : RANK_FIRST;
     if (info->addr_format == FI_SOCKADDR_IN) {
         const struct sockaddr_in *in = info->src_addr;

@@ -183,8 +183,28 @@ static bool port_is_fresh(struct ofi_nic *nic, const struct ofi_port *port)
 
 static void discard(struct ofi_port *port)
 {
+    struct ofi_domain *domain = port->domain;
+
     (void)ofi_port_shut(port);
     ofi_port_free(port);
+    if (domain->lane)
+        ofi_domain_close(domain);
+}
+
+/* A queue follows the first endpoint that was bound to it for ever, so each has its own. */
+static int try_own_port(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    if (nic->kind->lane_queues) {
+        int rc = ofi_domain_open(nic, lane, &lane->domain);
+        if (rc)
+            return rc;
+    }
+    int rc = ofi_port_open(&lane->own, lane->domain, lane);
+    if (rc && lane->domain != nic->data) {
+        ofi_domain_close(lane->domain);
+        lane->domain = nic->data;
+    }
+    return rc;
 }
 
 static int open_own_port(struct ofi_nic *nic, struct ofi_lane *lane)
@@ -194,16 +214,23 @@ static int open_own_port(struct ofi_nic *nic, struct ofi_lane *lane)
     int rc = -EADDRINUSE;
 
     while (tries < OFI_PORT_TRIES) {
-        rc = ofi_port_open(&lane->own, nic->data, lane);
+        rc = try_own_port(nic, lane);
         if (rc || port_is_fresh(nic, &lane->own))
             break;
         used[tries++] = lane->own;
+        lane->own.ep = NULL;
+        lane->own.av = NULL;
+        lane->domain = nic->data;
         rc = -EADDRINUSE;
     }
     while (tries > 0)
         discard(&used[--tries]);
     if (rc == 0)
         rc = ofi_port_receive(&lane->own, OFI_LANE_RECVS);
+    if (rc == 0 && lane->domain->lane) {
+        rc = ofi_domain_watch(lane->domain);
+        rc = rc ? ofi_fail(nic, "setting up waiting", rc) : 0;
+    }
     return rc;
 }
 
@@ -214,6 +241,10 @@ static int open_slots(struct ofi_nic *nic, struct ofi_lane *lane)
         lane->writes[i].lane = lane;
         lane->writes[i].next = lane->free_writes;
         lane->free_writes = &lane->writes[i];
+    }
+    for (int i = 0; i < OFI_BREAKS; i++) {
+        lane->breaks[i].kind = OFI_BREAK;
+        lane->breaks[i].lane = lane;
     }
     int rc = ofi_pool_open(&lane->sends, nic->data, OFI_LANE_SENDS, OFI_SEND);
     return rc ? ofi_fail(nic, "getting memory for frames", rc) : 0;
@@ -237,6 +268,8 @@ static void free_lane(struct ofi_nic *nic, struct ofi_lane *lane)
     if (lane->port == &lane->own)
         ofi_port_free(&lane->own);
     ofi_pool_close(&lane->sends);
+    if (lane->domain->lane)
+        ofi_domain_close(lane->domain);
     if (nic->lanes[lane->index] == lane)
         leave(nic, lane);
     free(lane);
@@ -253,6 +286,7 @@ int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_la
     lane->base.nic = base;
     lane->base.window = OFI_WINDOW;
     lane->port = nic->kind->lane_endpoints ? &lane->own : &nic->port;
+    lane->domain = nic->data;
     int rc = enter(nic, lane);
     if (rc) {
         free(lane);
@@ -264,7 +298,7 @@ int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_la
     if (rc) {
         lane->closing = true;
         (void)ofi_port_shut(&lane->own);
-        drain(nic->data, lane);
+        drain(lane->domain, lane);
         free_lane(nic, lane);
         return rc;
     }
@@ -344,6 +378,11 @@ static ssize_t post_one(struct ofi_lane *lane, const struct fab_wr *wr, uint64_t
         .data = wr->imm,
     };
 
+    if (!wr->length && kind->source_needed) {
+        iov.iov_base = lane->sends.memory;
+        desc = lane->sends.desc;
+        msg.iov_count = 1;
+    }
     if (kind->cq_data_size >= 8)
         msg.data |= lane->peer_token << 32;
     if (wr->flags & FAB_WR_IMM)
@@ -452,6 +491,69 @@ static void linger(struct ofi_domain *domain, struct ofi_lane *lane)
     }
 }
 
+/* A write that our own NIC refuses: its source is registered in the listener's domain. */
+static ssize_t post_break(struct ofi_lane *lane)
+{
+    const struct ofi_nic *nic = nic_of(lane);
+    struct iovec iov = {.iov_base = nic->replies.memory, .iov_len = OFI_FRAME_BYTES};
+    void *desc = nic->replies.desc;
+    struct fi_rma_iov remote = {.len = OFI_FRAME_BYTES};
+    struct fi_msg_rma msg = {
+        .msg_iov = &iov,
+        .desc = &desc,
+        .iov_count = 1,
+        .addr = lane->to,
+        .rma_iov = &remote,
+        .rma_iov_count = 1,
+        .context = &lane->breaks[lane->breaks_tried].context,
+    };
+
+    return fi_writemsg(lane->port->ep, &msg, FI_COMPLETION);
+}
+
+static bool has_broken(const struct ofi_lane *lane)
+{
+    return lane->breaks_tried == OFI_BREAKS && lane->breaks_out == 0;
+}
+
+static void try_to_break(struct ofi_lane *lane)
+{
+    uint32_t out = lane->writes_out + lane->sends_out + lane->breaks_out;
+    ssize_t rc = lane->breaks_tried < OFI_BREAKS ? post_break(lane) : -FI_EAGAIN;
+
+    if (rc == 0) {
+        lane->breaks_tried++;
+        lane->breaks_out++;
+    } else if (rc != -FI_EAGAIN || !out) {
+        lane->breaks_tried = OFI_BREAKS; /* there is no connection */
+    }
+    (void)ofi_domain_read(lane->domain);
+    (void)ofi_handle_queued(lane->domain, OFI_BATCH);
+}
+
+/* Whether the lane can be closed (ofi.h says why not): its connection is broken, and all that came
+ * on it is read. Where writes of ours are stuck at the NIC, because the peer takes none, the ones
+ * that break it are stuck as well; then it is enough that the peer is quiet. */
+static bool is_calm(struct ofi_lane *lane)
+{
+    uint64_t now = ofi_now();
+    bool first = lane->quiet_since == 0;
+
+    if (first && (lane->down || !lane->pointed || !lane->peer_token))
+        return true; /* it broke by itself, or was never made */
+    if (first || lane->domain->events != lane->quiet_events)
+        lane->quiet_since = now;
+    do
+        try_to_break(lane);
+    while (first && !has_broken(lane) && ofi_now() - now < OFI_LINGER_NS);
+    lane->quiet_events = lane->domain->events;
+    if (!has_broken(lane))
+        return now - lane->quiet_since > OFI_QUIET_NS;
+    while (ofi_domain_read(lane->domain) > 0)
+        (void)ofi_handle_queued(lane->domain, OFI_BATCH);
+    return true;
+}
+
 /* What libfabric did not hand back was in the endpoint that is closed now. */
 static void cancel_writes(struct ofi_lane *lane)
 {
@@ -519,16 +621,21 @@ int ofi_lane_close(struct fab_lane *base)
 
     if (!lane->closing && lane->port == &lane->own) {
         lane->closing = true;
-        linger(nic->data, lane);
+        linger(lane->domain, lane);
     }
     lane->closing = true;
     ofi_lane_forget(lane);
     if (lane->port != &lane->own)
         return close_shared(nic, lane);
+    if (nic->kind->breaks_first && !is_calm(lane))
+        return -EINPROGRESS;
     if (ofi_port_shut(&lane->own))
         return -EINPROGRESS;
-    drain(nic->data, lane);
+    drain(lane->domain, lane);
     cancel_writes(lane);
-    bury(nic, lane);
+    if (lane->domain->lane)
+        free_lane(nic, lane); /* nothing comes late on a queue that is closed */
+    else
+        bury(nic, lane);
     return 0;
 }

@@ -122,7 +122,11 @@ int ofi_port_open(struct ofi_port *port, struct ofi_domain *domain, struct ofi_l
     port->lane = lane;
     int rc = open_endpoint(port);
     if (rc)
-        rc = ofi_fail(domain->nic, "opening an endpoint", rc);
+        rc = ofi_fail(domain->nic,
+                      rc == -EINVAL && kind->lane_queues ? "opening an endpoint (" OFI_UNIVERSE_ENV
+                                                           "=" OFI_UNIVERSE " may help)"
+                                                         : "opening an endpoint",
+                      rc);
     else if (kind->after_enable)
         rc = kind->after_enable(port->ep); /* has its own text */
     if (rc) {

@@ -3,6 +3,8 @@
  * Every test forks a target before anything is opened; parent and child talk over a socket pair
  * (blobs, keys, steps) while they keep polling. test_ofi [name] runs one test (speed only so);
  * SEED=n repeats a run; FABRIC_LIBFABRIC names another library. Exit status 77: no libfabric here.
+ * PROVIDER=rxm runs on rxe0 and rxe1 of the SoftRoCE guest (tests/softroce/run) what is not about tcp
+ * alone: frames, orphan and stopped are.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -81,7 +83,9 @@ static struct {
 } side;
 
 static const struct fab_provider *provider = &fab_provider_tcp;
+static const char *nic_names[MAX_SIDE_NICS] = {"lo", "lo"};
 static unsigned long seed;
+static pid_t target_pid; /* of the target, in the initiator */
 
 static double now(void)
 {
@@ -260,9 +264,10 @@ static void open_side(uint32_t nics)
     CHECK(side.memory != MAP_FAILED, "mmap");
     struct remote mine = {.blob_len = 0};
     for (uint32_t i = 0; i < nics; i++) {
-        struct fab_nic_options options = {.name = "lo", .sink = &sink, .index = i};
+        struct fab_nic_options options = {.sink = &sink, .index = i};
         struct fab_memory memory = {
             .base = side.memory, .length = BUFFER, .memfd = -1, .dmabuf_fd = -1};
+        options.name = nic_names[target_pid ? i : 1 - i]; /* so that bytes cross the link */
         int rc = provider->nic_open(&options, &side.nic[i]);
         CHECK(rc == 0, "%d %s", rc, fab_take_reason(0));
         rc = provider->mr_reg(side.nic[i], &memory, &side.mr[i], &mine.key[i]);
@@ -510,8 +515,6 @@ static void window_target(void)
     close_side();
 }
 
-static pid_t target_pid; /* of the target, in the initiator */
-
 static void kill_initiator(void)
 {
     open_side(1);
@@ -552,12 +555,12 @@ static void serve_forever(void)
         progress();
 }
 
-static void fence_initiator(void)
+static void write_until_fenced(uint64_t length)
 {
     open_side(1);
     struct end *end = connect_lane(0);
     for (uint64_t round = 1; !end->down; round++) {
-        struct fab_wr wr = wr_of(end, 0, 0, 4 * MIB);
+        struct fab_wr wr = wr_of(end, 0, 0, length);
         memset(side.memory, (int)(round & 0xff), 64);
         int rc = provider->post(end->lane, &wr, 1);
         end->taken += rc == 1;
@@ -571,6 +574,17 @@ static void fence_initiator(void)
     CHECK(provider->post(end->lane, &wr, 1) < 0, "posted on a broken lane");
     hear();
     close_side();
+}
+
+static void fence_initiator(void)
+{
+    write_until_fenced(4 * MIB);
+}
+
+/* Closing while one immediate follows the other. */
+static void hail_initiator(void)
+{
+    write_until_fenced(8);
 }
 
 static void fence_target(void)
@@ -934,6 +948,7 @@ static const struct test tests[] = {
     {"refuse", refuse_initiator, refuse_target, false},
     {"idle", idle_initiator, idle_target, false},
     {"fence", fence_initiator, fence_target, false},
+    {"hail", hail_initiator, fence_target, false},
     {"cycles", cycles_initiator, cycles_target, false},
     {"dropped", dropped_initiator, dropped_target, false},
     {"kill", kill_initiator, serve_forever, true},
@@ -1010,6 +1025,7 @@ static void check_library(void)
 int main(int argc, char **argv)
 {
     const char *wanted = getenv("SEED");
+    const char *other = getenv("PROVIDER");
     int failed = 0, status;
     char path[512], version[64];
 
@@ -1029,6 +1045,11 @@ int main(int argc, char **argv)
     waitpid(pid, &status, 0);
     if (status)
         return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+    if (other && strcmp(other, "rxm") == 0) {
+        provider = &fab_provider_rxm;
+        nic_names[0] = "rxe0";
+        nic_names[1] = "rxe1";
+    }
     for (uint32_t i = 0; i < sizeof(tests) / sizeof(tests[0]); i++)
         if (argc < 2 ? tests[i].initiator != speed_initiator : !strcmp(argv[1], tests[i].name))
             failed += !run_test(&tests[i]);
