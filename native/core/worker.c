@@ -19,6 +19,7 @@
 
 #define SPINS_PER_YIELD 64
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
+#define IDLE_TICK_NS (2 * FAB_TICK_NS) /* between ticks while nothing else happens */
 #define HELPER_ARM_TRIES 8
 #define LATE_TICK_NS (100 * NS_PER_MS)
 
@@ -196,10 +197,10 @@ int fab_turn(struct fab_engine *e)
     }
     if (e->newcomer_count)
         n += fab_newcomers_serve(e);
-    if (e->busy)
-        n += fab_serve(e);
     if (e->now >= e->next_tick)
         tick(e);
+    if (e->busy) /* after the tick: what that finds to do is not left for another waking */
+        n += fab_serve(e);
     return n;
 }
 
@@ -265,7 +266,7 @@ static int64_t prepare_sleep(struct fab_engine *e)
         atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
         return 0;
     }
-    return e->busy ? BUSY_SLEEP_NS : any_business(e) ? FAB_TICK_NS : -1;
+    return e->busy ? BUSY_SLEEP_NS : any_business(e) ? IDLE_TICK_NS : -1;
 }
 
 static void block(struct fab_engine *e, int64_t ns)
