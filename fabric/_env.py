@@ -49,7 +49,7 @@ VARIABLES = (
     Variable(
         "FABRIC_VERBS_TIMEOUT",
         "from peer_timeout",
-        "ack timeout of queue pairs, 4.096 us times 2 to the power of it (1 to 31); when 7 in a row"
+        "ack timeout of queue pairs, 4.096 us times 2 to the power of it (1 to 31); when 8 in a row"
         " pass, a lane fails; chosen so that they take at most a quarter of peer_timeout",
     ),
     Variable("FABRIC_VERBS_TRAFFIC_CLASS", "0", "traffic class (DSCP and ECN) on RoCE"),

@@ -132,8 +132,8 @@ import numpy as np
 import fabric
 engine = fabric.TransferEngine(provider=sys.argv[1], nics=sys.argv[3].split() or None,
                                callbacks=True)
-source = engine.register(np.zeros(8 << 20, np.uint8))
 remote = fabric.Descriptor.from_bytes(bytes.fromhex(sys.argv[2]))
+source = engine.register(np.zeros(len(remote), np.uint8))
 transfers = [engine.write(source, remote) for _ in range(10)]
 counter = engine.counter()
 if sys.argv[4] == "thread":
@@ -151,7 +151,7 @@ if sys.argv[4] == "error":
 def test_leaving_without_closing(farm: Farm, how: str) -> None:
     """The interpreter exits at once, and says nothing."""
     b = farm("b")
-    descriptor = b.region("dst", 8 << 20, 2).hex()
+    descriptor = b.region("dst", scaled(8 << 20), 2).hex()
     nics = " ".join(farm.nics or ())
     begin = time.monotonic()
     done = subprocess.run(

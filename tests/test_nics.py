@@ -195,6 +195,37 @@ def receive(node: State) -> bytes:
     return result
 
 
+@pytest.mark.parametrize("victim", ["v0", "v1", "v2"])
+def test_a_path_that_dies_without_a_word(farm: Farm, victim: str, seed: int) -> None:
+    """All ports stay up, and one NIC's packets vanish: its lane is given up, and comes back.
+
+    rdma_rxe retransmits for ever, so nothing but the silence tells.
+    """
+    a, b = two(farm, ["rxe0", "rxe1"], ["rxe2", "rxe3"])
+    a.region("src", SIZE, NEW)
+    descriptor = b.region("dst", SIZE, OLD)
+    ids = b.call(open_counters, 400)
+    a.write("src", descriptor, length=1)
+    wait_until(lambda: lanes(a) == lanes(b) == 2, 10.0, "not every lane came up")
+    flooding = a.start(flood, descriptor, ids, 3.0, seed, thread=True)
+    time.sleep(1.0)
+    with links.disturbed(victim, how="loss 100%"):
+        begin = time.monotonic()
+        ended = flooding.result()
+        assert time.monotonic() - begin < TIMEOUT + 3.0
+        wait_until(lambda: lanes(a) == lanes(b) == 1, 10.0, "the lane is not given up")
+        check_outcomes(b, ids, ended, victim)
+        assert any(row[2] != "done" for row in ended), "the lane carried nothing: it shows nothing"
+        talk(a, b)
+    wait_until(lambda: lanes(a) == lanes(b) == 2, 20.0, "the lane does not come back")
+    imm = b.counter("count")
+    b.refill("dst", OLD)
+    a.write("src", descriptor, imm=imm)
+    assert b.settled("count", 1) == 1
+    assert b.differs("dst", NEW) == ""
+    assert sum(s["peers_lost"] for s in (a.stats(), b.stats())) == 0
+
+
 @pytest.mark.parametrize("victim", ["v0", "v2"])
 def test_new_peers_connect_while_a_nic_is_down(farm: Farm, victim: str) -> None:
     """First contact does not depend on the first NIC of either side."""

@@ -157,13 +157,13 @@ def storm(pair: tuple[Node, Node], descriptor: bytes, writes: list[Write], size:
 @pytest.mark.parametrize("kind", ["alloc", "numpy"])
 def test_storm(farm: Farm, kind: str, seed: int) -> None:
     pair = a, b = farm("a"), farm("b")
-    writes, size = plan(seed, WRITES)
+    writes, size = plan(seed, scaled(WRITES, 4000))
     a.region("src", 2 << 20, NEW)
     descriptor = b.region("dst", size, OLD, kind)
     storm(pair, descriptor, writes, size)
     # What the allocators keep for themselves differs by some MiB from run to run, so a growth
     # must show twice; a leak of anything for each write would be there in every run.
-    writes, size = plan(seed, scaled(WRITES, 2500))
+    writes, size = plan(seed, scaled(WRITES, 1200))
     for attempt in (1, 2):
         before = [node.call(sizes) for node in pair]
         storm(pair, descriptor, writes, size)

@@ -210,7 +210,10 @@ struct fab_lane_life {
     int64_t since, retry_at;
     uint32_t tries; /* to open it again, since it or a NIC was last up */
     bool due_down, due_open, due_opened, due_wanted;
-    bool due_ready; /* over the lane itself */
+    bool due_ready, due_probe; /* over the lane itself */
+    int64_t probed; /* when the peer was last asked to say something over it */
+    int64_t looked; /* when `silence` was last added to */
+    int64_t silence; /* how long nothing came over it while the peer was heard otherwise */
     char text[FAB_TEXT_MAX];
 };
 

@@ -42,7 +42,8 @@ enum fab_frame_type {
     FAB_F_LANE_OPENED,
     FAB_F_LANE_READY,
     FAB_F_LANE_WANTED,
-    FAB_F_LAST = FAB_F_LANE_WANTED,
+    FAB_F_LANE_PROBE,
+    FAB_F_LAST = FAB_F_LANE_PROBE,
 };
 
 struct fab_header {

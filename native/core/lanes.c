@@ -10,6 +10,7 @@
 #include "session.h"
 
 #define WEIGHT_MAX 1000u
+#define LATE_NS (10 * FAB_TICK_NS) /* what passes without a look at a lane is not its silence */
 
 /* ---- which lanes there are ---- */
 
@@ -160,7 +161,7 @@ static void mark_broken(struct fab_peer *p, uint32_t i, const char *text, bool t
                 p->lanes[i]->nic->info.name, text);
     }
     life->state = FAB_L_BROKEN;
-    life->due_open = life->due_opened = life->due_ready = false;
+    life->due_open = life->due_opened = life->due_ready = life->due_probe = false;
     p->lanes[i]->given_up = true;
     fab_text(life->text, sizeof life->text, "%s", text);
     due(p, &life->due_down);
@@ -268,11 +269,11 @@ static bool send_pair(struct fab_peer *p, enum fab_frame_type type, uint32_t i)
 }
 
 /* Over the lane itself: hearing it there is what proves that the lane works. */
-static bool send_ready(struct fab_peer *p, uint32_t i)
+static bool send_over(struct fab_peer *p, enum fab_frame_type type, uint32_t i)
 {
     struct fab_lane *lane = p->lanes[i];
     struct fab_writer w;
-    fab_frame_begin(&w, FAB_F_LANE_READY, p->theirs);
+    fab_frame_begin(&w, type, p->theirs);
     fab_put_u32(&w, i);
     fab_put_u32(&w, p->life[i].serial);
     fab_frame_end(&w);
@@ -323,8 +324,10 @@ static int send_due(struct fab_peer *p, uint32_t i)
         life->due_open = false, n++;
     if (life->due_opened && send_blob(p, FAB_F_LANE_OPENED, i))
         life->due_opened = false, n++;
-    if (life->due_ready && send_ready(p, i))
+    if (life->due_ready && send_over(p, FAB_F_LANE_READY, i))
         life->due_ready = false, n++;
+    if (life->due_probe && send_over(p, FAB_F_LANE_PROBE, i))
+        life->due_probe = false, n++;
     if (life->due_wanted && send_pair(p, FAB_F_LANE_WANTED, i))
         life->due_wanted = false, n++;
     return n;
@@ -333,7 +336,7 @@ static int send_due(struct fab_peer *p, uint32_t i)
 static bool any_due(const struct fab_lane_life *life)
 {
     return life->due_down || life->due_open || life->due_opened || life->due_ready ||
-           life->due_wanted || life->state == FAB_L_BROKEN;
+           life->due_probe || life->due_wanted || life->state == FAB_L_BROKEN;
 }
 
 int fab_lanes_serve(struct fab_peer *p)
@@ -390,6 +393,26 @@ static void offer(struct fab_peer *p, uint32_t i)
     due(p, &life->due_open);
 }
 
+/* Adds up the time in which the peer was heard, but not over this lane. A peer that is stopped is
+ * silent on all lanes, and comes back on all of them: that time must not count. Of it, what passes
+ * until the others have missed their probes does count, hence the margin between the limits: a
+ * quarter before the first probe and 3/8 of being heard are less than 3/4 of the peer timeout. */
+static void watch_silence(struct fab_peer *p, uint32_t i)
+{
+    struct fab_lane_life *life = &p->life[i];
+    int64_t now = p->engine->now, timeout = p->engine->config.peer_timeout_ns;
+    int64_t passed = now - life->looked < LATE_NS ? now - life->looked : LATE_NS;
+    life->looked = now;
+    if (now - p->last_heard < timeout * 3 / 8)
+        life->silence += passed;
+    if (life->silence >= timeout * 3 / 4) {
+        mark_broken(p, i, "nothing was heard over it while other lanes work", true);
+    } else if (life->silence >= timeout / 4 && now - life->probed >= timeout / 4) {
+        life->probed = now;
+        due(p, &life->due_probe);
+    }
+}
+
 void fab_lanes_tick(struct fab_peer *p)
 {
     int64_t now = p->engine->now;
@@ -400,6 +423,8 @@ void fab_lanes_tick(struct fab_peer *p)
             offer(p, i);
         else if (waits && now - life->since > FAB_LANE_ANSWER_NS)
             mark_broken(p, i, "nothing was heard over it", true);
+        else if (p->provider->repairs && fab_lane_works(p, i) && another_works(p, i))
+            watch_silence(p, i);
     }
 }
 
@@ -442,10 +467,19 @@ void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane)
     if (i == FAB_MAX_LANES)
         return;
     enum fab_lane_state state = p->life[i].state;
+    p->life[i].silence = 0;
     if (state == FAB_L_PROVING || state == FAB_L_ANSWERED)
         is_up(p, i);
     if (state == FAB_L_ANSWERED)
         due(p, &p->life[i].due_ready);
+}
+
+void fab_lane_alive(struct fab_lane *lane)
+{
+    struct fab_peer *p = fab_lane_peer(lane);
+    uint32_t i = index_of(p, lane);
+    if (i != FAB_MAX_LANES)
+        p->life[i].silence = 0;
 }
 
 /* ---- frames ---- */
@@ -534,4 +568,11 @@ void fab_lanes_on_wanted(struct fab_peer *p, struct fab_reader *r)
         return;
     p->life[i].tries = 0;
     offer(p, i);
+}
+
+void fab_lanes_on_probe(struct fab_peer *p, struct fab_reader *r)
+{
+    uint32_t serial, i = read_pair(p, r, &serial);
+    if (i != FAB_MAX_LANES && serial == p->life[i].serial && fab_lane_works(p, i))
+        due(p, &p->life[i].due_ready);
 }

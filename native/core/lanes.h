@@ -40,12 +40,15 @@ void fab_lanes_nic_state(struct fab_nic *nic, const char *text);
 
 /* Closes broken lanes and sends what is due about them. Returns how many things happened. */
 int fab_lanes_serve(struct fab_peer *p);
-/* Opens lanes again; gives up attempts. */
+/* Opens lanes again; gives up attempts, and lanes that are silent while others are not: a device may
+ * retransmit for ever. */
 void fab_lanes_tick(struct fab_peer *p);
 /* Lanes that broke are not closed yet. */
 bool fab_lanes_closing(const struct fab_peer *p);
 /* A frame of the session came over this lane. */
 void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane);
+/* An immediate or a completion did. */
+void fab_lane_alive(struct fab_lane *lane);
 bool fab_lanes_have_business(const struct fab_peer *p);
 
 void fab_lanes_on_down(struct fab_peer *p, struct fab_reader *r);
@@ -53,5 +56,6 @@ void fab_lanes_on_open(struct fab_peer *p, struct fab_reader *r);
 void fab_lanes_on_opened(struct fab_peer *p, struct fab_reader *r);
 void fab_lanes_on_ready(struct fab_peer *p, struct fab_reader *r);
 void fab_lanes_on_wanted(struct fab_peer *p, struct fab_reader *r);
+void fab_lanes_on_probe(struct fab_peer *p, struct fab_reader *r);
 
 #endif

@@ -358,8 +358,10 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
         p->tx_pieces++;
         e->stats.tx_pieces++;
         /* On `local` we do the work ourselves: it proves nothing about the peer. */
-        if (lane->nic->info.kind != FAB_KIND_LOCAL)
+        if (lane->nic->info.kind != FAB_KIND_LOCAL) {
             p->last_heard = e->now;
+            fab_lane_alive(lane);
+        }
         if (wr_id & WR_LAST)
             acknowledge(t);
     }

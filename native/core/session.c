@@ -391,6 +391,7 @@ static bool right_length(const struct fab_header *h, const struct fab_reader *r)
                                                     [FAB_F_LANE_DOWN] = 8,
                                                     [FAB_F_LANE_READY] = 8,
                                                     [FAB_F_LANE_WANTED] = 8,
+                                                    [FAB_F_LANE_PROBE] = 8,
                                                     [FAB_F_LANE_OPEN] = 12 + FAB_BLOB_MAX,
                                                     [FAB_F_LANE_OPENED] = 12 + FAB_BLOB_MAX};
     if (h->type == FAB_F_BYE || h->type == FAB_F_MESSAGE || h->type == FAB_F_VOID)
@@ -451,6 +452,9 @@ static void dispatch(struct fab_peer *p, const struct fab_header *h, struct fab_
         break;
     case FAB_F_LANE_WANTED:
         fab_lanes_on_wanted(p, r);
+        break;
+    case FAB_F_LANE_PROBE:
+        fab_lanes_on_probe(p, r);
         break;
     default:
         r->bad = true;

@@ -14,6 +14,7 @@ static void on_imm(struct fab_lane *lane, uint32_t imm, uint32_t times)
     if (!p || !times)
         return;
     p->last_heard = p->engine->now;
+    fab_lane_alive(lane);
     fab_count(p->engine, p, imm, times);
 }
 

@@ -58,7 +58,7 @@ enum {
     VERBS_MAX_LANES = FAB_MAX_PEERS * FAB_MAX_LANES,
     VERBS_BLOB = 60,         /* bytes of an address; ARCHITECTURE.md has them */
     VERBS_DATAGRAM = 32,     /* bytes of a datagram's header, likewise */
-    VERBS_RETRIES = 6,       /* 7 is the most, but to rdma_rxe that means for ever */
+    VERBS_RETRIES = 7,       /* the most; to rdma_rxe it means for ever */
     VERBS_RNR_FOREVER = 7,
     VERBS_RNR_TIMER = 1,     /* 0.01 ms */
 };

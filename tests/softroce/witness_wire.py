@@ -85,6 +85,7 @@ FRAMES: dict[str, tuple[int, Layout, str]] = {
     "LANE_OPENED": (19, Layout("lane:I serial:I length:I blob:128s"), ""),
     "LANE_READY": (20, Layout("lane:I serial:I"), ""),
     "LANE_WANTED": (21, Layout("lane:I serial:I"), ""),
+    "LANE_PROBE": (22, Layout("lane:I serial:I"), ""),
 }
 """Name: type, fields of fixed size, and what follows them."""
 KIND_NAMES = {number: name for name, (number, _, _) in FRAMES.items()}
