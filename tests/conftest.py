@@ -19,6 +19,8 @@ SETUPS: dict[str, tuple[str, Sequence[list[str] | None]]] = {
     "tcp": ("tcp", [["lo"]]),
     "verbs": ("verbs", [["rxe0"], ["rxe1"]]),
     "verbs-2": ("verbs", [["rxe0", "rxe1"], ["rxe1", "rxe0"]]),
+    "efa": ("efa", [["rdmap16s0-rdm"]]),
+    "efa-4": ("efa", [[f"rdmap{number}s0-rdm" for number in range(16, 20)]]),
 }
 """Provider and NICs for each name of ``--providers``; the nodes of a test take turns in the lists.
 

@@ -697,8 +697,8 @@ def test_strange_frames_in_a_session(scene: Scene) -> None:
         {"kind": "VOID", "body": {"number": 0, "ids": []}, "cut": 4, "header": {"length": 20}},
         {"kind": "VOID", "body": {"number": 0, "ids": [1, 2]}, "cut": 4, "header": {"length": 28}},
         {"kind": "VOID", "body": {"number": 0, "ids": list(range(300))}},
-        {"kind": "GRANT", "cut": 8, "header": {"length": 40}, "body": dict.fromkeys(
-            ("region", "secret", "code", "pulled", "length"), 0)},
+        {"kind": "GRANT", "cut": 8, "header": {"length": 44}, "body": dict.fromkeys(
+            ("region", "secret", "code", "pulled", "length", "keys"), 0)},
         {"kind": "LANE_DOWN", "body": {"lane": 1, "serial": 0}},
     ]  # fmt: skip
     for number, frame in enumerate(bad):

@@ -94,9 +94,17 @@ struct fab_region {
     _Atomic uint32_t busy; /* transfers that read from it */
     struct fab_mr *mrs[FAB_MAX_NICS];
     fab_key keys[FAB_MAX_NICS];
+    struct fab_shown *shown; /* registrations for single peers (keys.h) */
     uint64_t holders[FAB_MAX_PEERS / 64];
     uint64_t ask[FAB_MAX_PEERS / 64]; /* holders to be asked to stop */
     uint64_t quiet[FAB_MAX_PEERS / 64]; /* holders that have not said that they stopped */
+};
+
+/* A registration of the doorbell for one lane's peer. */
+struct fab_bell {
+    struct fab_nic *nic;
+    struct fab_mr *mr;
+    fab_key key;
 };
 
 /* What one peer granted us of one of its regions. */
@@ -111,6 +119,8 @@ struct fab_grant {
     int code;
     bool due_quiesced; /* the owner waits for our QUIESCED */
     struct fab_remote *remote;
+    uint32_t key_count; /* 0: the descriptor's keys are valid */
+    fab_key *keys;      /* ours alone, one for each NIC of the owner */
     uint32_t users; /* fab_import entries */
     uint32_t outstanding; /* transfers that may have work requests towards it */
 };
@@ -258,6 +268,7 @@ struct fab_peer {
     struct fab_lane *lanes[FAB_MAX_LANES];
     uint32_t lane_nic[FAB_MAX_LANES]; /* the peer's NIC of each lane */
     fab_key doorbells[FAB_MAX_LANES]; /* of that NIC */
+    struct fab_bell bells[FAB_MAX_LANES]; /* ours, for this peer alone (keys.h) */
     uint32_t lane_outstanding[FAB_MAX_LANES];
     struct fab_lane_life life[FAB_MAX_LANES];
     uint32_t lane_count;
@@ -358,6 +369,7 @@ struct fab_engine {
     uint32_t nic_count;
     struct fab_mr *doorbell_mrs[FAB_MAX_NICS];
     uint8_t *doorbell; /* one page */
+    uint64_t doorbell_bytes;
 
     struct fab_slots transfers, regions, imports, counters, peers, queues, watches;
     struct fab_cell *cells; /* FAB_MAX_COUNTERS, then FAB_MAX_USER_IDS */

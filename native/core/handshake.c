@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "keys.h"
 #include "lanes.h"
 #include "message.h"
 #include "peer.h"
@@ -155,7 +156,11 @@ static bool send_hello(struct fab_peer *p, bool welcome)
         h.lanes[i].to_nic = p->lane_nic[i];
         h.lanes[i].blob_len = p->lanes[i]->blob_len;
         h.lanes[i].speed = (uint32_t)(p->lanes[i]->nic->info.speed_bps / 1000000);
-        h.lanes[i].doorbell = p->lanes[i]->nic->info.doorbell;
+        int rc = fab_keys_bell(p, i, &h.lanes[i].doorbell);
+        if (rc) {
+            fab_session_doom(p, FAB_E_UNREACHABLE, fab_take_reason(rc));
+            return false;
+        }
         memcpy(h.lanes[i].blob, p->lanes[i]->blob, FAB_BLOB_MAX);
     }
     struct fab_writer w;

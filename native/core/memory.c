@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "keys.h"
 #include "lanes.h"
 #include "peer.h"
 #include "session.h"
@@ -101,7 +102,14 @@ static int unregister_one(struct fab_engine *e, struct fab_nic *nic, struct fab_
  * keeps its registration: 0, or the error. */
 static int unregister(struct fab_engine *e, struct fab_region *r)
 {
-    int result = 0;
+    struct fab_nic *stuck = NULL;
+    fab_lock(e);
+    int result = fab_keys_forget_region(e, r, &stuck);
+    fab_unlock(e);
+    if (result)
+        return fab_error_why(FAB_E_SYSTEM, result,
+                             "%s does not take a key to the region back; do not free its memory",
+                             stuck->info.name);
     for (uint32_t i = 0; i < e->nic_count; i++) {
         int rc = r->mrs[i] ? unregister_one(e, e->nics[i], r->mrs[i]) : 0;
         if (rc)
@@ -379,6 +387,13 @@ static int check_grant(const struct fab_peer *p, const struct fab_region *r, uin
     return r->restricted && memcmp(r->only, p->id, sizeof r->only) ? FAB_E_INVALID : 0;
 }
 
+static int no_key(const struct fab_peer *p, const struct fab_region *r)
+{
+    fab_log(FAB_LOG_WARN, "peer %s: no key for %llu bytes at %p: %s", p->label,
+            (unsigned long long)r->length, (void *)r->base, fab_take_reason(-EIO));
+    return FAB_E_SYSTEM;
+}
+
 static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
 {
     struct fab_engine *e = p->engine;
@@ -386,6 +401,10 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
     const struct fab_lane *lane = fab_lane_for_frames(p);
     uint32_t nic = lane ? lane->nic->index : 0;
     int code = check_grant(p, r, secret, nic);
+    const fab_key *keys = NULL;
+    uint32_t key_count = 0;
+    if (!code && fab_keys_give(p, r, &keys, &key_count))
+        code = no_key(p, r);
     struct fab_writer w;
     fab_frame_begin(&w, FAB_F_GRANT, p->theirs);
     fab_put_u64(&w, number);
@@ -393,6 +412,11 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
     fab_put_u32(&w, (uint32_t)code);
     fab_put_u32(&w, !code && r->memfd < 0);
     fab_put_u64(&w, code ? 0 : r->length);
+    fab_put_u32(&w, key_count);
+    for (uint32_t i = 0; i < key_count; i++) {
+        fab_put_u64(&w, keys[i].addr);
+        fab_put_u64(&w, keys[i].rkey);
+    }
     /* The holder is noted first: from the moment the frame is out, it may write. */
     if (!code)
         set_bit(r->holders, p->slot.index);
@@ -631,8 +655,9 @@ int fab_doorbell_open(struct fab_engine *e)
         e->doorbell = NULL;
         return fab_error(FAB_E_SYSTEM, "mmap: %s", strerror(errno));
     }
+    e->doorbell_bytes = (uint64_t)page;
     struct fab_memory memory = {
-        .base = e->doorbell, .length = (uint64_t)page, .memfd = -1, .dmabuf_fd = -1};
+        .base = e->doorbell, .length = e->doorbell_bytes, .memfd = -1, .dmabuf_fd = -1};
     for (uint32_t i = 0; i < e->nic_count; i++) {
         struct fab_nic *nic = e->nics[i];
         int rc = nic->provider->mr_reg(nic, &memory, &e->doorbell_mrs[i], &nic->info.doorbell);

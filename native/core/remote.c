@@ -41,6 +41,9 @@ static struct fab_grant *get_grant(struct fab_peer *p, uint64_t region, uint64_t
 
 static void let_go(struct fab_grant *g)
 {
+    free(g->keys);
+    g->keys = NULL;
+    g->key_count = 0;
     if (g->remote)
         g->peer->provider->unimport(g->remote);
     g->remote = NULL;
@@ -99,8 +102,11 @@ int fab_grant_ready(struct fab_grant *g, const char **why)
     case FAB_G_ASKED:
         return 0;
     case FAB_G_REFUSED:
-        *why = "the owner refused the descriptor: its region was deregistered, or it was made for "
-               "another peer, or it was tampered with";
+        *why =
+            g->code == FAB_E_SYSTEM
+                ? "the owner could not register the region for this peer; its log says why"
+                : "the owner refused the descriptor: its region was deregistered, or it was made "
+                  "for another peer, or it was tampered with";
         return FAB_E_FAILED;
     default:
         *why = "the region was deregistered by its owner";
@@ -135,6 +141,26 @@ static int hold(struct fab_grant *g, uint64_t length, bool pulled, int *fd)
                             &g->remote);
 }
 
+/* 0: well, also where there are none. */
+static int read_keys(struct fab_reader *r, struct fab_grant *g)
+{
+    uint32_t count = fab_get_u32(r);
+    if (r->bad || count > FAB_MAX_NICS || r->length - r->at != count * 16) {
+        r->bad = true;
+        return -EPROTO;
+    }
+    if (!count)
+        return 0;
+    g->keys = calloc(count, sizeof *g->keys);
+    if (!g->keys)
+        return -ENOMEM;
+    for (g->key_count = 0; g->key_count < count; g->key_count++) {
+        g->keys[g->key_count].addr = fab_get_u64(r);
+        g->keys[g->key_count].rkey = fab_get_u64(r);
+    }
+    return 0;
+}
+
 void fab_remote_on_grant(struct fab_peer *p, struct fab_reader *r, int *fd)
 {
     uint64_t region = fab_get_u64(r), secret = fab_get_u64(r);
@@ -146,8 +172,16 @@ void fab_remote_on_grant(struct fab_peer *p, struct fab_reader *r, int *fd)
         g = g->next;
     if (r->bad || !g || g->state != FAB_G_ASKED)
         return;
+    let_go(g);
+    int rc = read_keys(r, g);
+    if (r->bad)
+        return;
     p->grants_open--;
-    int rc = code ? -EACCES : hold(g, length, pulled, fd);
+    g->code = code;
+    if (code)
+        rc = -EACCES;
+    else if (!rc)
+        rc = hold(g, length, pulled, fd);
     g->state = rc ? FAB_G_REFUSED : FAB_G_HELD;
     if (rc && !code)
         fab_log(FAB_LOG_WARN, "peer %s: cannot use granted region %#llx: %s", p->label,

@@ -8,6 +8,7 @@
 
 #include "counter.h"
 #include "handshake.h"
+#include "keys.h"
 #include "lanes.h"
 #include "memory.h"
 #include "message.h"
@@ -162,9 +163,11 @@ static void ended(struct fab_peer *p)
     fab_log(FAB_LOG_INFO, "peer %s: session over: %s", p->label, p->text);
 }
 
-/* Closes what can be closed. True: all of it. */
+/* Takes keys back and closes what can be closed. True: all of it. */
 static bool close_lanes(struct fab_peer *p)
 {
+    if (!fab_keys_revoke(p))
+        return false;
     bool all = true;
     for (uint32_t i = 0; i < FAB_MAX_LANES; i++) {
         struct fab_lane *lane = p->lanes[i];
@@ -377,7 +380,7 @@ static void on_ping(struct fab_peer *p, struct fab_reader *r)
     p->due_pong = true;
 }
 
-/* Whether the body is as long as the type says; those of BYE, MESSAGE and VOID tell it themselves. */
+/* Whether the body is as long as the type says; some tell it themselves. */
 static bool right_length(const struct fab_header *h, const struct fab_reader *r)
 {
     static const uint8_t lengths[FAB_F_LAST + 1] = {[FAB_F_PING] = 8,
@@ -385,7 +388,6 @@ static bool right_length(const struct fab_header *h, const struct fab_reader *r)
                                                     [FAB_F_ACK] = 8,
                                                     [FAB_F_VOIDED] = 4,
                                                     [FAB_F_GRANT_REQ] = 16,
-                                                    [FAB_F_GRANT] = 32,
                                                     [FAB_F_QUIESCE] = 8,
                                                     [FAB_F_QUIESCED] = 8,
                                                     [FAB_F_LANE_DOWN] = 8,
@@ -394,7 +396,8 @@ static bool right_length(const struct fab_header *h, const struct fab_reader *r)
                                                     [FAB_F_LANE_PROBE] = 8,
                                                     [FAB_F_LANE_OPEN] = 12 + FAB_BLOB_MAX,
                                                     [FAB_F_LANE_OPENED] = 12 + FAB_BLOB_MAX};
-    if (h->type == FAB_F_BYE || h->type == FAB_F_MESSAGE || h->type == FAB_F_VOID)
+    if (h->type == FAB_F_BYE || h->type == FAB_F_MESSAGE || h->type == FAB_F_VOID ||
+        h->type == FAB_F_GRANT)
         return true;
     return r->length - r->at == lengths[h->type];
 }

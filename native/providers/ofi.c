@@ -141,6 +141,7 @@ static int ofi_mr_reg(struct fab_nic *base, const struct fab_memory *memory, str
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
     bool virtual = nic->info->domain_attr->mr_mode & FI_MR_VIRT_ADDR;
+    uint64_t access = FI_WRITE | FI_SEND | FI_RECV;
 
     if (memory->kind != FAB_MEM_HOST && !(nic->info->caps & FI_HMEM)) {
         fab_fail_text("%s %s cannot reach GPU memory", nic->kind->name, base->info.name);
@@ -149,7 +150,11 @@ static int ofi_mr_reg(struct fab_nic *base, const struct fab_memory *memory, str
     struct ofi_mr *mr = calloc(1, sizeof(*mr));
     if (!mr)
         return -ENOMEM;
-    int rc = ofi_mr_open(nic->data, memory, FI_REMOTE_WRITE | FI_WRITE | FI_SEND | FI_RECV, mr);
+    if (base->fences)
+        access |= FI_REMOTE_WRITE;
+    else if (memory->remote)
+        access = FI_REMOTE_WRITE;
+    int rc = ofi_mr_open(nic->data, memory, access, mr);
     if (rc) {
         free(mr);
         return ofi_fail(nic, "registering memory", rc);
@@ -234,6 +239,8 @@ static int ofi_poll(struct fab_nic *base, int budget)
         done += poll_domain(nic->listen, budget);
         refill(&nic->port);
     }
+    if (nic->credit_owed)
+        ofi_credit_pay(nic);
     if (nic->waiting_frames)
         flush_lanes(nic);
     if (nic->waiting.head)

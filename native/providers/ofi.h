@@ -6,12 +6,16 @@
  *   ofi_frame.c   control frames: queued, sent, received, answered to strangers
  *   ofi_event.c   what a completion means
  *   ofi_lane.c    lanes: open, connect, post, close
+ *   ofi_credit.c  how many immediates may be under way
  *   ofi.c         NICs, poll, arm; the vtables
  *
  * Contract
  * - tcp: every lane has an endpoint of its own, and closing that is the fence. First frames go to
  *   the NIC's listener, whose domain holds no remotely writable memory, so that nobody who is not
- *   let in can write. Where ofi_kind.lane_endpoints is false (efa), the listener carries all.
+ *   let in can write. Where ofi_kind.lane_endpoints is false (efa), the listener carries all,
+ *   and keys are the fence: a region is registered for its owner without FI_REMOTE_WRITE, and once
+ *   more for each peer. That asks for FI_MR_LOCAL even where efa does without: then it has no cache
+ *   of registrations, which would hand out the same key twice and keep it valid after fi_close().
  * - tcp, efa: one completion queue per domain. A queue that was read empty proves that nothing is
  *   pending on any lane of the domain, which is what arm() needs; with a queue for each lane,
  *   reading one may fill another that was looked at before. What is left of a closed lane in the
@@ -65,20 +69,23 @@ enum {
     OFI_REPLIES = 32,             /* frames to strangers under way */
     OFI_BATCH = 64,               /* completions of one read */
     OFI_QUEUE = 1024,             /* events of a domain read and not yet handled */
+    OFI_IMMS = 64,                /* immediates of a lane that the receiver has not read */
+    OFI_PLACES = 32768, /* of a completion queue that only credit protects, if there are */
+    OFI_PLACES_MIN = 4096,
     OFI_MAX_LANES = FAB_MAX_PEERS * FAB_MAX_LANES,
-    OFI_LISTEN_TURN = 8,          /* the listener's domain is polled once in so many polls */
-    OFI_PORT_MEMORY = 4096,       /* lane addresses that are not used again, at least */
+    OFI_LISTEN_TURN = 8, /* the listener's domain is polled once in so many polls */
+    OFI_PORT_MEMORY = 4096, /* lane addresses that are not used again, at least */
     OFI_PORT_TRIES = 16,
     OFI_BREAKS = 2,
 };
 
-#define OFI_LINGER_NS 20000000u     /* lane_close waits for frames to be taken (BYE) */
-#define OFI_QUIET_NS 1000000000u    /* it waits as long for a peer that takes nothing */
-#define OFI_REPLY_NS 2000000000u    /* an answer to a stranger is given up */
-#define OFI_RETRY_MIN_NS 20000u     /* between posts that find no connection yet */
+#define OFI_LINGER_NS 20000000u /* lane_close waits for frames to be taken (BYE) */
+#define OFI_QUIET_NS 1000000000u /* it waits as long for a peer that takes nothing */
+#define OFI_REPLY_NS 2000000000u /* an answer to a stranger is given up */
+#define OFI_RETRY_MIN_NS 20000u /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
-#define OFI_GRAVES 64                /* closed lanes kept for completions that come late, */
-#define OFI_GRAVE_NS 5000000000u    /* and for how long */
+#define OFI_GRAVES 64 /* closed lanes kept for completions that come late, */
+#define OFI_GRAVE_NS 5000000000u /* and for how long */
 #define OFI_MAX_WRITE (1ull << 30)
 #define OFI_UNIVERSE_ENV "FI_UNIVERSE_SIZE"
 #define OFI_UNIVERSE "64" /* peers that talk to a listener at the same time, about */
@@ -91,19 +98,21 @@ struct ofi_port;
 struct ofi_kind {
     int kind;
     const char *name;
-    const char *env;         /* names the NIC that is taken when none is asked for */
-    bool lane_endpoints;     /* a lane has an endpoint of its own, so lanes can be fenced */
-    bool lane_queues;        /* and a completion queue, which tells whose an immediate is */
-    bool breaks_first;       /* and is safe to close only once its connection is broken */
-    bool delivery;           /* local completions prove nothing; one connection keeps order */
-    bool device_memory;      /* GPU memory can be registered */
-    bool remote_needed;      /* writes of length 0 must name the doorbell */
-    bool source_needed;      /* and registered memory of ours */
-    uint64_t caps;           /* beyond FI_MSG | FI_RMA */
+    const char *env; /* names the NIC that is taken when none is asked for */
+    bool lane_endpoints; /* a lane has an endpoint of its own, so lanes can be fenced */
+    bool lane_queues; /* and a completion queue, which tells whose an immediate is */
+    bool breaks_first; /* and is safe to close only once its connection is broken */
+    bool delivery; /* local completions prove nothing; one connection keeps order */
+    bool device_memory; /* GPU memory can be registered */
+    bool remote_needed; /* writes of length 0 must name the doorbell */
+    bool source_needed; /* and registered memory of ours */
+    bool credits; /* the completion queue can overrun */
+    bool local_keys; /* always register with FI_MR_LOCAL */
+    uint64_t caps; /* beyond FI_MSG | FI_RMA */
     enum fi_progress progress;
-    size_t cq_data_size;     /* 8 also carries the lane's token */
-    uint32_t api_min;        /* of libfabric */
-    uint32_t api_max;        /* asked for */
+    size_t cq_data_size; /* 8 also carries the lane's token */
+    uint32_t api_min; /* of libfabric */
+    uint32_t api_max; /* asked for */
     /* Before and after the endpoint is enabled; 0 or a negative errno with its text. */
     int (*before_enable)(struct fid_ep *ep);
     int (*after_enable)(struct fid_ep *ep);
@@ -114,20 +123,20 @@ enum ofi_slot_kind { OFI_WRITE = 1, OFI_SEND, OFI_RECV, OFI_REPLY, OFI_BREAK };
 /* One operation's context: libfabric hands it back with the completion. */
 struct ofi_slot {
     struct fi_context2 context; /* libfabric's while the operation is under way; first */
-    struct ofi_slot *next;      /* free, or waiting to be sent */
-    struct ofi_lane *lane;      /* OFI_WRITE, OFI_SEND, OFI_BREAK */
-    struct ofi_port *port;      /* OFI_RECV */
+    struct ofi_slot *next; /* free, or waiting to be sent */
+    struct ofi_lane *lane; /* OFI_WRITE, OFI_SEND, OFI_BREAK */
+    struct ofi_port *port; /* OFI_RECV */
     enum ofi_slot_kind kind;
-    bool contact;    /* OFI_SEND: to a NIC; its loss is of no consequence */
+    bool contact; /* OFI_SEND: to a NIC; its loss is of no consequence */
     uint32_t length; /* of the frame, token included */
     uint8_t *frame;
-    uint64_t wr_id;       /* OFI_WRITE, and so are the next five */
+    uint64_t wr_id; /* OFI_WRITE, and so are the next five */
     uint64_t bytes;
     struct ofi_slot *run; /* writes that this one's delivery proves, in order */
-    bool held;            /* waits for such a proof */
-    bool ended;           /* held, and libfabric is done with it */
-    int error;            /* an errno above 0, if it is known to have failed */
-    fi_addr_t to;      /* OFI_REPLY */
+    bool held; /* waits for such a proof */
+    bool ended; /* held, and libfabric is done with it */
+    int error; /* an errno above 0, if it is known to have failed */
+    fi_addr_t to; /* OFI_REPLY */
     uint64_t deadline; /* OFI_REPLY */
 };
 
@@ -163,9 +172,10 @@ struct ofi_domain {
     struct fid_domain *fid;
     struct fid_cq *cq;
     struct fid_cq *waker; /* the queue whose file descriptor wakes us; may be cq itself */
-    uint32_t head;        /* of queue */
+    uint32_t head; /* of queue */
     uint32_t queued;
     uint32_t events; /* read so far */
+    uint32_t places; /* of cq */
     bool dry; /* the last read emptied cq */
     struct ofi_event queue[OFI_QUEUE];
 };
@@ -192,23 +202,27 @@ struct ofi_lane {
     struct ofi_port *port; /* its own, or the NIC's */
     struct ofi_port own;
     struct ofi_domain *domain; /* whose queue has its events */
-    uint64_t token;      /* what frames and immediates to this lane must show */
+    uint64_t token; /* what frames and immediates to this lane must show */
     uint64_t peer_token; /* of the lane at the other end; 0: we point at a NIC */
     uint8_t peer_address[FAB_BLOB_MAX];
     fi_addr_t to;
     bool pointed; /* `to` is valid */
     bool down;
     bool closing;
-    bool buried;           /* closed; completions that come late are for nobody */
+    bool buried; /* closed; completions that come late are for nobody */
     uint64_t buried_at;
     struct ofi_lane *grave; /* the next buried one, older first */
-    uint32_t index;        /* in nic->lanes */
+    uint32_t index; /* in nic->lanes */
     uint32_t writes_out;
     uint32_t sends_out;
+    uint32_t imms_sent; /* ofi_credit.c */
+    uint32_t imms_known; /* of these the peer has read so many */
+    uint32_t imms_read; /* of the peer's */
+    uint32_t imms_told;
     uint32_t breaks_tried; /* of breaks[] */
     uint32_t breaks_out;
     uint32_t quiet_events; /* of the domain, when last looked at */
-    uint64_t quiet_since;  /* it had no event; 0: closing has not begun */
+    uint64_t quiet_since; /* it had no event; 0: closing has not begun */
     uint64_t bytes_out;
     uint64_t retry_at; /* no post before; 0: no gate */
     uint64_t retry_ns;
@@ -231,9 +245,9 @@ struct ofi_nic {
     const struct fab_libfabric *lib;
     struct fi_info *info;
     struct fid_fabric *fabric;
-    struct ofi_domain *data;   /* holds the registered memory */
+    struct ofi_domain *data; /* holds the registered memory */
     struct ofi_domain *listen; /* of the listener; may be data itself */
-    struct ofi_port port;      /* the listener */
+    struct ofi_port port; /* the listener */
     struct ofi_pool replies;
     struct ofi_fifo waiting; /* replies that could not be posted yet */
     struct ofi_lane *graves, *last_grave;
@@ -248,6 +262,7 @@ struct ofi_nic {
     uint32_t used_count;
     uint32_t turn;
     uint32_t next_lane; /* whose queue is polled first */
+    bool credit_owed; /* a lane could not tell what it has read */
     bool can_sleep;
     bool timer_set;
     int timer_fd; /* wakes for what waits for a connection */
@@ -310,6 +325,17 @@ int ofi_origin_reply(struct fab_nic *base, struct fab_origin *origin, const uint
 void ofi_replies_flush(struct ofi_nic *nic);
 void ofi_reply_end(struct ofi_nic *nic, struct ofi_slot *slot);
 void ofi_frame_received(struct ofi_port *port, struct ofi_slot *slot, uint32_t length);
+
+/* ofi_credit.c */
+/* 0: there is room for one more lane; -ENOSPC with its text. */
+int ofi_credit_admit(const struct ofi_nic *nic);
+/* Immediates that may be posted now. */
+uint32_t ofi_credit_left(const struct ofi_lane *lane);
+/* Tells the peer what was read of its immediates, if it is time. */
+void ofi_credit_tell(struct ofi_lane *lane);
+void ofi_credit_pay(struct ofi_nic *nic); /* for all lanes */
+/* True: the frame was one of credit. */
+bool ofi_credit_take(struct ofi_lane *lane, const uint8_t *bytes, uint32_t length);
 
 /* ofi_lane.c */
 int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_lane **out);

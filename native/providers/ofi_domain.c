@@ -31,15 +31,25 @@ union roomy_error {
     uint8_t room[sizeof(struct fi_cq_err_entry) + 128];
 };
 
+/* As long as the device makes them, where only credit keeps it from overrunning. libfabric may change
+ * the attributes. */
 static int open_queue(struct ofi_domain *domain, bool waits, struct fid_cq **out)
 {
-    struct fi_cq_attr attr = {
-        .size = OFI_QUEUE,
-        .format = FI_CQ_FORMAT_DATA,
-        .wait_obj = waits ? FI_WAIT_FD : FI_WAIT_NONE,
-    };
+    bool credits = domain->nic->kind->credits;
+    uint32_t places = credits ? OFI_PLACES : OFI_QUEUE;
+    int rc;
 
-    return fi_cq_open(domain->fid, &attr, out, domain);
+    do {
+        struct fi_cq_attr attr = {
+            .size = places,
+            .format = FI_CQ_FORMAT_DATA,
+            .wait_obj = waits ? FI_WAIT_FD : FI_WAIT_NONE,
+        };
+        rc = fi_cq_open(domain->fid, &attr, out, domain);
+        domain->places = places;
+        places /= 2;
+    } while (rc == -FI_EINVAL && credits && places >= OFI_PLACES_MIN);
+    return rc;
 }
 
 /* Software providers: the fd of a queue stays readable once it was (1.17 never resets it), so

@@ -135,10 +135,13 @@ static void written(struct ofi_domain *domain, const struct ofi_event *event)
 {
     struct ofi_lane *lane = lane_written(domain, event);
 
-    if (lane && event->error)
+    if (lane && event->error) {
         down(domain, lane, "a write by the peer", event);
-    else if (lane)
+    } else if (lane) {
         domain->nic->base.sink->imm(&lane->base, (uint32_t)event->data, 1);
+        lane->imms_read++;
+        ofi_credit_tell(lane);
+    }
 }
 
 /* A completion of a lane that was closed before: it was reported when the lane was. */

@@ -154,6 +154,8 @@ void ofi_frame_received(struct ofi_port *port, struct ofi_slot *slot, uint32_t l
         return;
     }
     lane = ofi_lane_of_token(nic, (uint32_t)token);
-    if (lane && lane->token == token && lane->port == port && !lane->closing)
+    if (!lane || lane->token != token || lane->port != port || lane->closing)
+        return;
+    if (!ofi_credit_take(lane, bytes, length))
         sink->frame(&lane->base, bytes, length, -1);
 }

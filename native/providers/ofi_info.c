@@ -34,14 +34,20 @@ static int efa_before_enable(struct fid_ep *ep)
     return 0;
 }
 
-static int efa_after_enable(struct fid_ep *ep)
+static bool emulation_allowed(void)
 {
     const char *allow = getenv("FABRIC_EFA_ALLOW_EMULATED");
+
+    return allow && strcmp(allow, "1") == 0;
+}
+
+static int efa_after_enable(struct fid_ep *ep)
+{
     bool emulated = true;
     size_t size = sizeof(emulated);
     int rc = fi_getopt(&ep->fid, FI_OPT_ENDPOINT, OPT_EFA_EMULATED_WRITE, &emulated, &size);
 
-    if ((rc == 0 && !emulated) || (allow && strcmp(allow, "1") == 0))
+    if ((rc == 0 && !emulated) || emulation_allowed())
         return 0;
     fab_fail_text("efa would emulate RDMA writes with messages on this device: a completion "
                   "would prove less; FABRIC_EFA_ALLOW_EMULATED=1 permits it");
@@ -66,6 +72,8 @@ const struct ofi_kind ofi_efa = {
     .env = "FABRIC_EFA_NIC",
     .device_memory = true,
     .remote_needed = true,
+    .credits = true,
+    .local_keys = true,
     .caps = FI_SOURCE,
     .progress = FI_PROGRESS_UNSPEC,
     .cq_data_size = 4,
@@ -170,6 +178,8 @@ static int get_info(const struct ofi_kind *kind, const struct fab_libfabric *lib
     int rc = kind->lane_queues ? getinfo_of_few(lib, version, hints, out)
                                : lib->getinfo(version, NULL, NULL, 0, hints, out);
     lib->freeinfo(hints);
+    for (struct fi_info *info = rc ? NULL : *out; info && kind->local_keys; info = info->next)
+        info->domain_attr->mr_mode |= FI_MR_LOCAL;
     return rc;
 }
 
@@ -182,7 +192,7 @@ static int all_infos(const struct ofi_kind *kind, const struct fab_libfabric **l
     *lib = fab_libfabric();
     if (!*lib)
         return -ENOENT;
-    if ((*lib)->version < kind->api_min) {
+    if ((*lib)->version < kind->api_min && !(kind == &ofi_efa && emulation_allowed())) {
         fab_fail_text("%s needs libfabric %u.%u or later; the one loaded is %u.%u "
                       "(FABRIC_LIBFABRIC names another)",
                       kind->name, FI_MAJOR(kind->api_min), FI_MINOR(kind->api_min),

@@ -278,6 +278,9 @@ static void free_lane(struct ofi_nic *nic, struct ofi_lane *lane)
 int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_lane **out)
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
+    int rc = ofi_credit_admit(nic);
+    if (rc)
+        return rc;
     struct ofi_lane *lane = calloc(1, sizeof(*lane));
 
     (void)origin; /* always NULL: the first frame's blob says whom to connect to */
@@ -287,7 +290,7 @@ int ofi_lane_open(struct fab_nic *base, struct fab_origin *origin, struct fab_la
     lane->base.window = OFI_WINDOW;
     lane->port = nic->kind->lane_endpoints ? &lane->own : &nic->port;
     lane->domain = nic->data;
-    int rc = enter(nic, lane);
+    rc = enter(nic, lane);
     if (rc) {
         free(lane);
         return rc;
@@ -414,6 +417,7 @@ static void taken(struct ofi_lane *lane, const struct fab_wr *wr, bool held, str
     slot->ended = false;
     slot->error = 0;
     lane->writes_out++;
+    lane->imms_sent += wr->flags & FAB_WR_IMM ? 1 : 0;
     lane->bytes_out += wr->length;
     if (held) {
         ofi_fifo_push(&run->held, slot);
@@ -424,15 +428,19 @@ static void taken(struct ofi_lane *lane, const struct fab_wr *wr, bool held, str
     }
 }
 
-/* How many of n fit the window and the bytes that may be under way (one always does). */
+/* How many of n fit the window, the credit, and the bytes that may be under way (one always does). */
 static int fitting(const struct ofi_lane *lane, const struct fab_wr *wrs, int n)
 {
     uint64_t bytes = lane->bytes_out;
+    uint32_t credit = ofi_credit_left(lane);
     int room = OFI_WINDOW - (int)lane->writes_out;
     int count = 0;
 
-    while (count < n && count < room && bytes < OFI_BYTES_OUT)
+    while (count < n && count < room && bytes < OFI_BYTES_OUT) {
+        if ((wrs[count].flags & FAB_WR_IMM) && credit-- == 0)
+            break;
         bytes += wrs[count++].length;
+    }
     return count;
 }
 
@@ -570,16 +578,16 @@ static void cancel_writes(struct ofi_lane *lane)
     }
 }
 
-/* The endpoint is shared: our own work requests must end by themselves, the peer's cannot be
- * stopped at all. */
+/* The endpoint is shared: our own work requests must end by themselves. The peer's keys are gone, so
+ * what it raised is in the queue by now, and is taken out before its address may mean another lane. */
 static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
 {
-    ofi_handle_lane(nic->data, lane);
+    drain(nic->data, lane);
     if (lane->writes_out || lane->sends_out)
         return -EINPROGRESS;
     unpoint(lane);
     free_lane(nic, lane);
-    return -ENOTSUP;
+    return 0;
 }
 
 void ofi_lanes_exhume(struct ofi_nic *nic, bool all)

@@ -22,6 +22,10 @@
  *   lands any more, no work request of ours touches memory, every one of them has been
  *   reported, and the lane is freed. -EINPROGRESS: the peer may be inside a write; call again.
  *   -ENOTSUP: as 0, except that writes by the peer that are under way may still land.
+ *   Where a NIC says that its lanes are no fences (fab_nic.fences), keys are: mr_dereg() of a
+ *   registration made with `remote` ends what its key can do, and each call of mr_reg() gives
+ *   another key. The peer's keys are taken back before lane_close(), which then reports what had
+ *   arrived by then.
  */
 #ifndef FAB_PROVIDER_H
 #define FAB_PROVIDER_H
@@ -70,6 +74,7 @@ struct fab_memory {
     int memfd; /* the sealed memfd behind it, from fab_region_alloc(), or -1 */
     int dmabuf_fd;
     uint64_t dmabuf_offset;
+    bool remote; /* peers may write with the key; matters only where lanes are no fences */
 };
 
 struct fab_sink {
@@ -107,7 +112,7 @@ struct fab_nic {
     int wait_fd;        /* pollable: readable when something happened after arm() said 0 */
     uint32_t index;     /* in the engine */
     bool remote_needed; /* zero-length writes need the doorbell's addr and rkey */
-    bool fences;        /* lane_close() is a fence */
+    bool fences;        /* lane_close() is a fence; else mr_dereg() is */
 };
 
 /* The base of every provider's lane. */

@@ -254,7 +254,7 @@ static const char *const bodies[FAB_F_LAST + 1] = {
     [FAB_F_CHALLENGE] = "IqI", [FAB_F_READY] = "",       [FAB_F_REFUSE] = "Iqit",
     [FAB_F_BYE] = "it",        [FAB_F_PING] = "q",       [FAB_F_PONG] = "q",
     [FAB_F_MESSAGE] = "iiib",  [FAB_F_ACK] = "ii",       [FAB_F_VOID] = "iv",
-    [FAB_F_VOIDED] = "i",      [FAB_F_GRANT_REQ] = "qq", [FAB_F_GRANT] = "qqiiq",
+    [FAB_F_VOIDED] = "i",      [FAB_F_GRANT_REQ] = "qq", [FAB_F_GRANT] = "qqiiqi",
     [FAB_F_QUIESCE] = "q",     [FAB_F_QUIESCED] = "q"};
 
 static void put_field(struct fab_writer *w, char field, uint64_t *state)

@@ -219,7 +219,7 @@ class Session:
         region = self.peer.regions.get(body["region"])
         good = region is not None and body["secret"] == self.peer.region_secret(body["region"])
         length = region.length if region and good else 0
-        self.send("GRANT", **body, code=0 if good else INVALID, pulled=0, length=length)
+        self.send("GRANT", **body, code=0 if good else INVALID, pulled=0, length=length, keys=0)
 
     def on_ack(self, body: Values) -> None:
         self.credit = body["limit"]

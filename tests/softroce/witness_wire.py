@@ -77,7 +77,7 @@ FRAMES: dict[str, tuple[int, Layout, str]] = {
     "VOID": (11, Layout("number:I"), "ids"),
     "VOIDED": (12, Layout("number:I"), ""),
     "GRANT_REQ": (13, Layout("region:Q secret:Q"), ""),
-    "GRANT": (14, Layout("region:Q secret:Q code:i pulled:I length:Q"), ""),
+    "GRANT": (14, Layout("region:Q secret:Q code:i pulled:I length:Q keys:I"), ""),
     "QUIESCE": (15, Layout("region:Q"), ""),
     "QUIESCED": (16, Layout("region:Q"), ""),
     "LANE_DOWN": (17, Layout("lane:I serial:I"), ""),
