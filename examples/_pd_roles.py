@@ -1,7 +1,7 @@
 """The demo's two worker processes.
 
-Run by pd_demo.py as ``_pd_roles.py prefill|decode OPTIONS``. Each speaks JSON lines: events on
-stdout, commands on stdin. The end of stdin ends the process, so that none outlives the parent.
+Forked by pd_demo.py, which calls `main` in each. Each speaks JSON lines: events on stdout, commands
+on stdin. The end of stdin ends the process, so that none outlives the parent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Commands:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the parent says on the command line, as JSON."""
+    """What the parent says, as JSON."""
 
     provider: str
     corrupt: bool
@@ -241,8 +241,9 @@ def decode_main(options: Options, commands: Commands) -> None:
     emit("bye")
 
 
-def main() -> int:
-    role, options = sys.argv[1], Options(**json.loads(sys.argv[2]))
+def main(role: str, text: str) -> int:
+    """Be ``"prefill"`` or ``"decode"`` with these options (JSON); returns the exit status."""
+    options = Options(**json.loads(text))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     commands = Commands(options.patience)
     try:
@@ -251,7 +252,3 @@ def main() -> int:
         emit("error", text=f"{type(error).__name__}: {error}")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

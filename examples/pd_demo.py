@@ -17,17 +17,16 @@ import json
 import os
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HERE = Path(__file__).resolve().parent
 
 NEEDED = ("fabric", "kvtransfer", "torch", "transformers", "matplotlib", "msgpack", "numpy")
 
@@ -39,44 +38,73 @@ class DemoError(Exception):
 
 
 class Worker:
-    """One worker process. Its events go to the `Stage` that it belongs to."""
+    """One worker process. Its events go to the `Stage` that it belongs to.
+
+    It is a fork of this one, which has imported torch and transformers by then: that takes most of
+    the demo's time, and is done once and not three times.
+    """
 
     def __init__(
         self, role: str, options: str, events: queue.Queue[Event], patience: float
     ) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
         self.role = role
         self._events = events
         self._patience = patience
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "_pd_roles.py"), role, options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self._ended = threading.Event()
+        theirs, commands = os.pipe()
+        reports, write = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become(role, options, theirs, write)
+        os.close(theirs)
+        os.close(write)
+        self._commands = os.fdopen(commands, "w")
+        self._reports = os.fdopen(reports)
+
+    def listen(self) -> None:
+        """Begin to read events, once every worker was forked: a fork takes no threads along."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def tell(self, **command: object) -> None:
         """Send one command. A worker that is gone is noticed by its last event."""
-        pipe = _pipe(self._process.stdin)
         with contextlib.suppress(BrokenPipeError):
-            pipe.write(json.dumps(command) + "\n")
-            pipe.flush()
+            self._commands.write(json.dumps(command) + "\n")
+            self._commands.flush()
 
     def kill(self) -> None:
         """End the process and do not wait for it."""
-        self._process.kill()
+        if not self._ended.is_set():
+            os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> None:
         """Wait for the end of the process."""
-        self._process.wait(self._patience)
+        self._ended.wait(self._patience)
 
     def _read(self) -> None:
-        for line in _pipe(self._process.stdout):
+        for line in self._reports:
             self._events.put({"role": self.role, **json.loads(line)})
-        text = f"ended, status {self._process.wait()}"
-        self._events.put({"role": self.role, "event": "end", "text": text})
+        os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        self._ended.set()  # from now on nobody kills what may be another process
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._events.put({"role": self.role, "event": "end", "text": f"ended, status {status}"})
+
+
+def _become(role: str, options: str, commands: int, reports: int) -> NoReturn:
+    """Turn this fork into a worker with its pipes as stdin and stdout, and with no others."""
+    status = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.dup2(commands, 0)
+        os.dup2(reports, 1)
+        os.closerange(3, 256)  # else a worker that came before would not see that we are gone
+        import _pd_roles
+
+        status = _pd_roles.main(role, options)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
 class Stage:
@@ -127,11 +155,6 @@ class Stage:
         """End the workers, whatever they are doing, and do not wait for them."""
         for worker in self.workers:
             worker.kill()
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -193,9 +216,12 @@ def run(options: argparse.Namespace, stage: Stage) -> list[Event]:
             "workload": workload(options),
         }
     )
-    prefill, decode = stage.start("prefill", shared), stage.start("decode", shared)
-    import _pd_report  # noqa: F401  (with torch behind it; the workers take as long meanwhile)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    import _pd_report  # noqa: F401  (with torch behind it: the workers have it then, too)
 
+    prefill, decode = stage.start("prefill", shared), stage.start("decode", shared)
+    for worker in stage.workers:
+        worker.listen()
     address = stage.expect(prefill, "ready")["address"]
     stage.expect(decode, "ready")
     decode.tell(prefiller=address)

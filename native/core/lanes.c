@@ -421,7 +421,7 @@ void fab_lanes_tick(struct fab_peer *p)
         bool waits = life->state >= FAB_L_OFFERED;
         if (life->state == FAB_L_GONE && p->active && now >= life->retry_at)
             offer(p, i);
-        else if (waits && now - life->since > FAB_LANE_ANSWER_NS)
+        else if (waits && now - life->since > p->engine->config.peer_timeout_ns)
             mark_broken(p, i, "nothing was heard over it", true);
         else if (p->provider->repairs && fab_lane_works(p, i) && another_works(p, i))
             watch_silence(p, i);

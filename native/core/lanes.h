@@ -16,7 +16,6 @@
 #define FAB_LANE_RETRY_NS (NS_PER_S / 4) /* between attempts to open a lane again; doubled each */
 #define FAB_LANE_TRIES 8 /* then only when a NIC comes back, or beside other business */
 #define FAB_LANE_STABLE_NS (10 * NS_PER_S) /* a lane that was up so long starts counting anew */
-#define FAB_LANE_ANSWER_NS (4 * NS_PER_S) /* an attempt without an answer is given up */
 
 /* A session begins with the lanes that the handshake opened, or ends. Only the one that the
  * handshake took is known to work; the others have to prove it. */

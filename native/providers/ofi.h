@@ -66,6 +66,7 @@ enum {
     OFI_LANE_RECVS = 16,          /* where a lane has an endpoint; more wait in the socket */
     OFI_LANE_SENDS = FAB_CONTROL_FRAMES + FAB_MESSAGE_FRAMES + 8,
     OFI_NIC_RECVS = 256,
+    OFI_SOURCES = 65536,          /* addresses that lanes of a shared endpoint have pointed at */
     OFI_REPLIES = 32,             /* frames to strangers under way */
     OFI_BATCH = 64,               /* completions of one read */
     OFI_QUEUE = 1024,             /* events of a domain read and not yet handled */
@@ -86,6 +87,9 @@ enum {
 #define OFI_RETRY_MAX_NS 2000000u
 #define OFI_GRAVES 64 /* closed lanes kept for completions that come late, */
 #define OFI_GRAVE_NS 5000000000u /* and for how long */
+#define OFI_GHOST_NS 500000000u  /* closing a NIC waits so long for them */
+#define OFI_GHOST_NAP_US 200u
+#define OFI_GHOSTS 256 /* closed lanes of a shared endpoint whose frames are under way */
 #define OFI_MAX_WRITE (1ull << 30)
 #define OFI_UNIVERSE_ENV "FI_UNIVERSE_SIZE"
 #define OFI_UNIVERSE "64" /* peers that talk to a listener at the same time, about */
@@ -235,7 +239,6 @@ struct ofi_lane {
 
 /* A remote address on an endpoint that lanes share. */
 struct ofi_source {
-    uint32_t refs;
     struct ofi_lane *lane; /* the one that immediates from there belong to */
 };
 

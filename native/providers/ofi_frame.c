@@ -105,6 +105,11 @@ int ofi_origin_reply(struct fab_nic *base, struct fab_origin *origin, const uint
         ofi_pool_give(&nic->replies, slot);
         return -EINVAL;
     }
+    if (!nic->kind->lane_endpoints && slot->to >= OFI_SOURCES) { /* nothing was sent to it yet */
+        (void)fi_av_remove(nic->port.av, &slot->to, 1, 0);
+        ofi_pool_give(&nic->replies, slot);
+        return -ENOSPC;
+    }
     fill(slot, token, bytes, length);
     slot->deadline = ofi_now() + OFI_REPLY_NS;
     ofi_fifo_push(&nic->waiting, slot);
@@ -114,7 +119,8 @@ int ofi_origin_reply(struct fab_nic *base, struct fab_origin *origin, const uint
 
 void ofi_reply_end(struct ofi_nic *nic, struct ofi_slot *slot)
 {
-    (void)fi_av_remove(nic->port.av, &slot->to, 1, 0);
+    if (nic->kind->lane_endpoints) /* a shared one keeps addresses, see unpoint() */
+        (void)fi_av_remove(nic->port.av, &slot->to, 1, 0);
     ofi_pool_give(&nic->replies, slot);
 }
 

@@ -134,6 +134,11 @@ static void attribute(struct ofi_nic *nic, fi_addr_t from)
 
 static int hold_source(struct ofi_nic *nic, fi_addr_t from)
 {
+    if (from >= OFI_SOURCES) {
+        fab_fail_text("%s %s: it has had %u peers since it was opened, the limit", nic->kind->name,
+                      nic->base.info.name, OFI_SOURCES);
+        return -ENOSPC;
+    }
     if (from >= nic->source_slots) {
         uint64_t slots = from + 64;
         struct ofi_source *sources = realloc(nic->sources, slots * sizeof(*sources));
@@ -143,11 +148,12 @@ static int hold_source(struct ofi_nic *nic, fi_addr_t from)
         nic->sources = sources;
         nic->source_slots = slots;
     }
-    nic->sources[from].refs++;
     return 0;
 }
 
-/* Forgets where the lane pointed. An address vector of its own dies with the lane. */
+/* Forgets where the lane pointed. An address vector of its own dies with the lane; on a shared one
+ * the address stays. efa numbers the messages of each address, on both sides: were it removed here
+ * and not there, the next message would be taken for an old one, and libfabric ends the process. */
 static void unpoint(struct ofi_lane *lane)
 {
     struct ofi_nic *nic = nic_of(lane);
@@ -156,8 +162,6 @@ static void unpoint(struct ofi_lane *lane)
         return;
     lane->pointed = false;
     attribute(nic, lane->to);
-    if (--nic->sources[lane->to].refs == 0)
-        (void)fi_av_remove(nic->port.av, &lane->to, 1, 0);
 }
 
 /* ---- open ---- */
@@ -578,30 +582,26 @@ static void cancel_writes(struct ofi_lane *lane)
     }
 }
 
-/* The endpoint is shared: our own work requests must end by themselves. The peer's keys are gone, so
- * what it raised is in the queue by now, and is taken out before its address may mean another lane. */
-static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
-{
-    drain(nic->data, lane);
-    if (lane->writes_out || lane->sends_out)
-        return -EINPROGRESS;
-    unpoint(lane);
-    free_lane(nic, lane);
-    return 0;
-}
-
 void ofi_lanes_exhume(struct ofi_nic *nic, bool all)
 {
     struct ofi_lane *lane;
 
-    while ((lane = nic->graves) &&
-           (all || nic->grave_count > OFI_GRAVES || ofi_now() - lane->buried_at > OFI_GRAVE_NS)) {
-        nic->graves = lane->grave;
-        nic->grave_count--;
-        free_lane(nic, lane);
+    struct ofi_lane **link = &nic->graves;
+
+    nic->last_grave = NULL;
+    while ((lane = *link)) {
+        bool old = lane->port == &lane->own
+                       ? nic->grave_count > OFI_GRAVES || ofi_now() - lane->buried_at > OFI_GRAVE_NS
+                       : !lane->sends_out;
+        if (all || old) {
+            *link = lane->grave;
+            nic->grave_count--;
+            free_lane(nic, lane);
+        } else {
+            nic->last_grave = lane;
+            link = &lane->grave;
+        }
     }
-    if (!nic->graves)
-        nic->last_grave = NULL;
 }
 
 /* Seen on libfabric 1.17: when the other side closes the connection at the same moment, the error
@@ -620,6 +620,21 @@ static void bury(struct ofi_nic *nic, struct ofi_lane *lane)
     nic->last_grave = lane;
     nic->grave_count++;
     ofi_lanes_exhume(nic, false);
+}
+
+/* The endpoint is shared: our own work requests must end by themselves. The peer's keys are gone, so
+ * what it raised is in the queue by now, and is taken out before its address may mean another lane. */
+static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
+{
+    drain(nic->data, lane);
+    if (lane->writes_out || (lane->sends_out && nic->grave_count >= OFI_GHOSTS))
+        return -EINPROGRESS;
+    unpoint(lane);
+    if (lane->sends_out)
+        bury(nic, lane); /* frames to a peer that takes none: all they touch is the lane's own */
+    else
+        free_lane(nic, lane);
+    return 0;
 }
 
 int ofi_lane_close(struct fab_lane *base)
