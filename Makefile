@@ -10,10 +10,10 @@ export PYTHON
 # Tools of the virtual environment, for those recipes that run some.
 TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h)
+C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[ch])
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test test-softroce ctest lint format wheel clean distclean
+.PHONY: help setup demo test test-softroce test-efa ctest lint format wheel clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ help: ## list the targets
 setup: ## Debian packages, .venv, native build (once)
 	@scripts/setup
 
-demo: setup ## prefill in one process, decode in another (PROVIDER=local|tcp|verbs, ARGS="...")
+demo: setup ## prefill in one process, decode in another (PROVIDER=local|tcp|verbs|efa, ARGS="...")
 	@.venv/bin/python examples/pd_demo.py $(if $(PROVIDER),--provider $(PROVIDER)) $(ARGS)
 
 test: setup ## pytest against the editable install (ARGS="...")
@@ -29,6 +29,9 @@ test: setup ## pytest against the editable install (ARGS="...")
 
 test-softroce: setup ## pytest and the demo on `verbs`, in an emulated guest (ARGS="..." to pytest)
 	@tests/softroce/suite $(ARGS)
+
+test-efa: setup ## pytest and the demo on `efa`, on emulated devices (ARGS="..." to pytest)
+	@tests/efa/suite $(ARGS)
 
 ctest: setup ## C tests; PRESET=dev, asan or tsan
 	@$(TOOLS) scripts/ctest $(or $(PRESET),dev)

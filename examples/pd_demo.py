@@ -162,7 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pd_demo.py", description=(__doc__ or "").partition("\n\n")[0]
     )
-    parser.add_argument("--provider", choices=("local", "tcp", "verbs"), default="local")
+    parser.add_argument("--provider", choices=("local", "tcp", "verbs", "efa"), default="local")
     parser.add_argument("--layers", type=_number(1, 64), default=8, metavar="N")
     parser.add_argument("--prompt-tokens", type=_number(1, 8192), default=1024, metavar="N")
     parser.add_argument(

@@ -21,11 +21,13 @@ SETUPS: dict[str, tuple[str, Sequence[list[str] | None]]] = {
     "verbs-2": ("verbs", [["rxe0", "rxe1"], ["rxe1", "rxe0"]]),
     "efa": ("efa", [["rdmap16s0-rdm"]]),
     "efa-4": ("efa", [[f"rdmap{number}s0-rdm" for number in range(16, 20)]]),
+    "efa-old": ("efa", [["rdmap16s0-rdm"]]),
 }
 """Provider and NICs for each name of ``--providers``; the nodes of a test take turns in the lists.
 
 None leaves the choice to the provider. With SoftRoCE the turns see to it that bytes cross the link:
-a NIC that talks to itself does not use it.
+a NIC that talks to itself does not use it. efa is emulated (tests/efa/run); efa-old is a libfabric
+without device writes.
 """
 
 

@@ -259,6 +259,8 @@ static int ofi_poll(struct fab_nic *base, int budget)
         flush_lanes(nic);
     if (nic->waiting.head)
         ofi_replies_flush(nic);
+    if (done)
+        nic->nap_ns = 0;
     return done;
 }
 
@@ -309,14 +311,31 @@ static bool lanes_have_event(const struct ofi_nic *nic)
     return false;
 }
 
+/* Where no file descriptor tells of completions, a timer does: soon after the last one, later when
+ * nothing comes. */
+static uint64_t next_nap(struct ofi_nic *nic)
+{
+    nic->nap_ns = nic->nap_ns ? 2 * nic->nap_ns : OFI_NAP_MIN_NS;
+    if (nic->nap_ns > OFI_NAP_MAX_NS)
+        nic->nap_ns = OFI_NAP_MAX_NS;
+    return nic->nap_ns;
+}
+
+static uint64_t sooner(uint64_t one, uint64_t other)
+{
+    return one && one < other ? one : other;
+}
+
 static int ofi_arm(struct fab_nic *base)
 {
     struct ofi_nic *nic = (struct ofi_nic *)base;
     uint64_t now = ofi_now();
     uint64_t retry = next_retry(nic, now);
 
-    if (!nic->can_sleep || (retry && retry <= now))
+    if (retry && retry <= now)
         return 1;
+    if (!nic->can_sleep)
+        retry = sooner(retry, now + next_nap(nic));
     set_timer(nic, retry);
     return (nic->kind->lane_queues ? lanes_have_event(nic) : has_event(nic->data)) ||
            (nic->listen != nic->data && has_event(nic->listen));

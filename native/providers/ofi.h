@@ -85,6 +85,8 @@ enum {
 #define OFI_REPLY_NS 2000000000u /* an answer to a stranger is given up */
 #define OFI_RETRY_MIN_NS 20000u /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
+#define OFI_NAP_MIN_NS 50000u /* between looks at a queue that cannot wake us */
+#define OFI_NAP_MAX_NS 4000000u
 #define OFI_GRAVES 64 /* closed lanes kept for completions that come late, */
 #define OFI_GRAVE_NS 5000000000u /* and for how long */
 #define OFI_GHOST_NS 500000000u  /* closing a NIC waits so long for them */
@@ -112,6 +114,7 @@ struct ofi_kind {
     bool source_needed; /* and registered memory of ours */
     bool credits; /* the completion queue can overrun */
     bool local_keys; /* always register with FI_MR_LOCAL */
+    bool one_process;        /* not in a child of a process that used it */
     uint64_t caps; /* beyond FI_MSG | FI_RMA */
     enum fi_progress progress;
     size_t cq_data_size; /* 8 also carries the lane's token */
@@ -267,6 +270,7 @@ struct ofi_nic {
     uint32_t next_lane; /* whose queue is polled first */
     bool credit_owed; /* a lane could not tell what it has read */
     bool can_sleep;
+    uint64_t nap_ns; /* the last one, where it cannot */
     bool timer_set;
     int timer_fd; /* wakes for what waits for a connection */
 };

@@ -67,7 +67,7 @@ static int open_queues(struct ofi_domain *domain)
         domain->waker = domain->cq;
         return 0;
     }
-    domain->nic->can_sleep = false; /* efa before 2.3 has no blocking queue: poll */
+    domain->nic->can_sleep = false; /* efa before 2.3, or on a device without interrupts */
     return open_queue(domain, false, &domain->cq);
 }
 

@@ -9,11 +9,13 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "providers/ofi.h"
 
@@ -74,6 +76,7 @@ const struct ofi_kind ofi_efa = {
     .remote_needed = true,
     .credits = true,
     .local_keys = true,
+    .one_process = true,
     .caps = FI_SOURCE,
     .progress = FI_PROGRESS_UNSPEC,
     .cq_data_size = 4,
@@ -183,6 +186,16 @@ static int get_info(const struct ofi_kind *kind, const struct fab_libfabric *lib
     return rc;
 }
 
+/* libfabric's efa keeps what it found and opened, and knows nothing of forks. */
+static bool same_process(void)
+{
+    static _Atomic pid_t first;
+    pid_t none = 0;
+
+    (void)atomic_compare_exchange_strong(&first, &none, getpid());
+    return first == getpid();
+}
+
 /* Everything that libfabric has for this kind, to be freed. */
 static int all_infos(const struct ofi_kind *kind, const struct fab_libfabric **lib,
                      struct fi_info **out)
@@ -192,6 +205,13 @@ static int all_infos(const struct ofi_kind *kind, const struct fab_libfabric **l
     *lib = fab_libfabric();
     if (!*lib)
         return -ENOENT;
+    if (kind->one_process && !same_process()) {
+        fab_fail_text(
+            "%s was used by the process that this one was forked from, and libfabric cannot "
+            "begin anew: start this process by exec (multiprocessing: spawn)",
+            kind->name);
+        return -EOPNOTSUPP;
+    }
     if ((*lib)->version < kind->api_min && !(kind == &ofi_efa && emulation_allowed())) {
         fab_fail_text("%s needs libfabric %u.%u or later; the one loaded is %u.%u "
                       "(FABRIC_LIBFABRIC names another)",
