@@ -173,6 +173,11 @@ def changes(node: State, name: str, seconds: float) -> str:
 # ---- counters ----
 
 
+def drop(node: State, name: str) -> None:
+    """Forget a thing."""
+    del node.things[name]
+
+
 def make_counter(node: State, name: str, number: int | None) -> int:
     """Make a counter; returns its id."""
     node.things[name] = node.engine.counter(number) if number is not None else node.engine.counter()

@@ -86,7 +86,7 @@ enum {
 #define OFI_RETRY_MIN_NS 20000u /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
 #define OFI_NAP_MIN_NS 50000u /* between looks at a queue that cannot wake us */
-#define OFI_NAP_MAX_NS 4000000u
+#define OFI_NAP_MAX_NS 10000000u
 #define OFI_GRAVES 64 /* closed lanes kept for completions that come late, */
 #define OFI_GRAVE_NS 5000000000u /* and for how long */
 #define OFI_GHOST_NS 500000000u  /* closing a NIC waits so long for them */
@@ -112,6 +112,7 @@ struct ofi_kind {
     bool device_memory; /* GPU memory can be registered */
     bool remote_needed; /* writes of length 0 must name the doorbell */
     bool source_needed; /* and registered memory of ours */
+    size_t empty_bytes;      /* so many bytes of it go to the doorbell instead of none */
     bool credits; /* the completion queue can overrun */
     bool local_keys; /* always register with FI_MR_LOCAL */
     bool one_process;        /* not in a child of a process that used it */

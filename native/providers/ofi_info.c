@@ -74,6 +74,9 @@ const struct ofi_kind ofi_efa = {
     .env = "FABRIC_EFA_NIC",
     .device_memory = true,
     .remote_needed = true,
+    /* libfabric 2.5 can crash in a write of no bytes, and efa-direct has none before 2.6. */
+    .source_needed = true,
+    .empty_bytes = 1,
     .credits = true,
     .local_keys = true,
     .one_process = true,
@@ -214,9 +217,12 @@ static int all_infos(const struct ofi_kind *kind, const struct fab_libfabric **l
     }
     if ((*lib)->version < kind->api_min && !(kind == &ofi_efa && emulation_allowed())) {
         fab_fail_text("%s needs libfabric %u.%u or later; the one loaded is %u.%u "
-                      "(FABRIC_LIBFABRIC names another)",
+                      "(FABRIC_LIBFABRIC names another)%s",
                       kind->name, FI_MAJOR(kind->api_min), FI_MINOR(kind->api_min),
-                      FI_MAJOR((*lib)->version), FI_MINOR((*lib)->version));
+                      FI_MAJOR((*lib)->version), FI_MINOR((*lib)->version),
+                      kind == &ofi_efa ? ": it would emulate RDMA writes with messages, which "
+                                         "FABRIC_EFA_ALLOW_EMULATED=1 permits"
+                                       : "");
         return -EOPNOTSUPP;
     }
     if (kind->device_memory)

@@ -387,6 +387,7 @@ static ssize_t post_one(struct ofi_lane *lane, const struct fab_wr *wr, uint64_t
 
     if (!wr->length && kind->source_needed) {
         iov.iov_base = lane->sends.memory;
+        iov.iov_len = remote.len = kind->empty_bytes;
         desc = lane->sends.desc;
         msg.iov_count = 1;
     }
@@ -468,6 +469,9 @@ int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
 {
     struct ofi_lane *lane = (struct ofi_lane *)base;
     bool delivery = nic_of(lane)->kind->delivery;
+    /* On efa a chain that libfabric cuts short (-FI_EAGAIN) never gets its doorbell, so what it took
+     * would never complete. */
+    bool chains = nic_of(lane)->kind->lane_endpoints;
     struct run run = {.count = 0};
 
     if (lane->down)
@@ -478,7 +482,8 @@ int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
     for (int i = 0; i < count; i++) {
         bool last = i + 1 == count;
         bool held = delivery && !proves(&run, &wrs[i], last);
-        uint64_t flags = (last ? 0 : FI_MORE) | (delivery && !held ? FI_DELIVERY_COMPLETE : 0);
+        uint64_t flags =
+            (last || !chains ? 0 : FI_MORE) | (delivery && !held ? FI_DELIVERY_COMPLETE : 0);
         ssize_t rc = post_one(lane, &wrs[i], flags);
         int verdict = ofi_lane_verdict(lane, rc);
         if (verdict <= 0)

@@ -13,8 +13,9 @@
  * a machine without EFA. It is an emulator: reliable and unordered as SRD is, with the limits and the
  * error codes that the public headers name, and with timing and failures of our own invention.
  *
- * One lock guards everything. Between ibv_wr_start() and ibv_wr_complete() a thread holds it, as a
- * real queue pair holds its own. All packets are sent and handled by one thread for each process,
+ * One lock guards everything but a chain of work requests that is being built (ibv_wr_start() to
+ * ibv_wr_complete()): that is its queue pair's, and nothing of it is under way before it is complete, as
+ * without a doorbell. All packets are sent and handled by one thread for each process,
  * which sleeps while there is nothing to do.
  */
 #ifndef EFA_EMULATOR_H

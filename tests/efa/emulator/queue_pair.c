@@ -55,7 +55,6 @@ static void start(struct ibv_qp_ex *ib)
 {
     struct qp *qp = qp_of(ib);
 
-    pthread_mutex_lock(&efa_lock);
     qp->chain = NULL;
     qp->chain_end = &qp->chain;
     qp->current = NULL;
@@ -79,7 +78,7 @@ static struct work *add(struct ibv_qp_ex *ib, enum packet_type type)
     w->head = (struct head){.type = (uint8_t)type,
                             .flags = qp->datagram ? IS_DATAGRAM : 0,
                             .rnr_retry = (uint8_t)qp->rnr_retry,
-                            .message = ++last_message,
+                            .message = __atomic_add_fetch(&last_message, 1, __ATOMIC_RELAXED),
                             .from = qp->device->gid,
                             .src_qpn = ib->qp_base.qp_num};
     *qp->chain_end = w;
@@ -225,6 +224,7 @@ static int complete(struct ibv_qp_ex *ib)
     struct qp *qp = qp_of(ib);
     int rc = qp->error;
 
+    pthread_mutex_lock(&efa_lock);
     if (rc == 0 && ib->qp_base.state != IBV_QPS_RTS)
         rc = EINVAL;
     if (rc == 0 && qp->outstanding + length_of(qp->chain) > qp->send_places)
