@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__, topology
+from ._doctor import Finding, examine_efa
 from ._env import VARIABLES
 from ._errors import FabricError, InvalidArgument, text_of
 from ._native import ffi, lib
@@ -45,7 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape.add_argument(
         "--env", action="store_true", help="print the environment variables that are read"
     )
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether this machine can do what a provider needs",
+        description="Check what a provider needs, one line for each condition, with what to do "
+        "where it does not hold. Opens an engine for a moment. Exit status: 0 if all do, else 1.",
+    )
+    doctor.add_argument("--efa", action="store_true", required=True, help="the provider efa")
     options = parser.parse_args(argv)
+    if options.command == "doctor":
+        return print_findings(examine_efa())
     if options.env:
         print_env()
         return 0
@@ -59,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_facts(facts)
     return 0 if any(provider["nics"] for provider in facts["providers"]) else 1
+
+
+def print_findings(findings: list[Finding]) -> int:
+    """Print what a doctor found; returns the exit status."""
+    for finding in findings:
+        print(finding)
+    return 0 if all(finding.good for finding in findings) else 1
 
 
 def gather(sysfs: str | None = None) -> dict[str, Any]:

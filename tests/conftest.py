@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import random
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,19 @@ from tests.harness import Farm, Node, close_fork_servers, nothing_left_in_shm
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+EFA_NICS = os.environ.get(
+    "FABRIC_TEST_EFA_NICS", "rdmap16s0-rdm,rdmap17s0-rdm,rdmap18s0-rdm,rdmap19s0-rdm"
+).split(",")
+"""Those of tests/efa/run, unless the machine has some."""
+
 SETUPS: dict[str, tuple[str, Sequence[list[str] | None]]] = {
     "local": ("local", [None]),
     "tcp": ("tcp", [["lo"]]),
     "verbs": ("verbs", [["rxe0"], ["rxe1"]]),
     "verbs-2": ("verbs", [["rxe0", "rxe1"], ["rxe1", "rxe0"]]),
-    "efa": ("efa", [["rdmap16s0-rdm"]]),
-    "efa-4": ("efa", [[f"rdmap{number}s0-rdm" for number in range(16, 20)]]),
-    "efa-old": ("efa", [["rdmap16s0-rdm"]]),
+    "efa": ("efa", [EFA_NICS[:1]]),
+    "efa-4": ("efa", [EFA_NICS[:4]]),
+    "efa-old": ("efa", [EFA_NICS[:1]]),
 }
 """Provider and NICs for each name of ``--providers``; the nodes of a test take turns in the lists.
 
