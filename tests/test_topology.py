@@ -3,7 +3,8 @@
 Sources of the shapes. DGX H100: NVIDIA's user guide, the table of network modules (which ConnectX
 belongs to which GPU, and the bus numbers, in the names of the interfaces); the bridges in between
 are ours. p5en: the hwloc recording in the tests of aws-ofi-nccl. p5 and p4d: the topology files of
-aws-ofi-nccl; p5 with the bridges of p5en.
+aws-ofi-nccl; p5, which p5e is like, with the bridges of p5en. p6: numbers and speeds as commonly given,
+not verified.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fabric import InvalidArgument, topology
 from fabric.topology import Distance, Topology
 from fabric.topology import _topology as topology_module
 
-H100, H200, A100 = 0x2330, 0x2335, 0x20B0
+H100, H200, A100, B200 = 0x2330, 0x2335, 0x20B0, 0x2901
 ALL = range(192)
 
 
@@ -227,6 +228,22 @@ def p4d(tree: Tree) -> Topology:
     return tree.read()
 
 
+def p6_b200(tree: Tree) -> Topology:
+    """One EFA of 400 Gb/s for each of eight GPUs; the bridges are p5's, no recording was at hand."""
+    tree.cpus("0-47,96-143", "48-95,144-191", siblings=96)
+    tops = [0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB]
+    aws(tree, tops, [11], [15], 400, B200)
+    return tree.read()
+
+
+def p6_b300(tree: Tree) -> Topology:
+    """Two EFAs of 400 Gb/s for each of eight GPUs; as above."""
+    tree.cpus("0-47,96-143", "48-95,144-191", siblings=96)
+    tops = [0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB]
+    aws(tree, tops, [11, 12], [15], 400, B200)
+    return tree.read()
+
+
 def laptop(tree: Tree) -> Topology:
     """An integrated GPU of Intel, and wifi."""
     tree.cpus("0-7")
@@ -327,7 +344,19 @@ def test_p4d_lets_two_gpus_use_one_efa(tree: Tree) -> None:
     assert machine.propose(0, allowed=ALL).distance is Distance.PHB
 
 
-@pytest.mark.parametrize("shape", [dgx_h100, p5, p5en, p4d])
+@pytest.mark.parametrize(("shape", "each"), [(p6_b200, 1), (p6_b300, 2)])
+def test_p6_gives_each_gpu_the_efas_of_its_switch(tree: Tree, shape: Any, each: int) -> None:
+    machine = shape(tree)
+    assert [len(share) for share in shares(machine)] == [each] * 8
+    assert shares(machine)[0] == rdmap(79, 80)[:each]
+    assert [name for share in shares(machine) for name in share] == [
+        nic.name for nic in machine.nics
+    ]
+    assert {nic.speed_bps for nic in machine.nics} == {400_000_000_000}
+    assert machine.propose("cuda:7", allowed=ALL).distance is Distance.PIX
+
+
+@pytest.mark.parametrize("shape", [dgx_h100, p5, p5en, p4d, p6_b200, p6_b300])
 def test_gpus_share_fairly_and_get_cores_of_their_own(tree: Tree, shape: Any) -> None:
     machine = shape(tree)
     assert len({len(share) for share in shares(machine)}) == 1
