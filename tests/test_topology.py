@@ -3,8 +3,8 @@
 Sources of the shapes. DGX H100: NVIDIA's user guide, the table of network modules (which ConnectX
 belongs to which GPU, and the bus numbers, in the names of the interfaces); the bridges in between
 are ours. p5en: the hwloc recording in the tests of aws-ofi-nccl. p5 and p4d: the topology files of
-aws-ofi-nccl; p5, which p5e is like, with the bridges of p5en. p6: numbers and speeds as commonly given,
-not verified.
+aws-ofi-nccl; p5, which p5e is like, with the bridges of p5en. p6: numbers and speeds as commonly
+given, not verified.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def p4d(tree: Tree) -> Topology:
 
 
 def p6_b200(tree: Tree) -> Topology:
-    """One EFA of 400 Gb/s for each of eight GPUs; the bridges are p5's, no recording was at hand."""
+    """One EFA of 400 Gb/s for each of eight GPUs; the bridges are those of p5."""
     tree.cpus("0-47,96-143", "48-95,144-191", siblings=96)
     tops = [0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB]
     aws(tree, tops, [11], [15], 400, B200)
