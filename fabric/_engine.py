@@ -20,6 +20,7 @@ from ._errors import InvalidArgument, QueueFull, WaitTimeout, check, error_of, t
 from ._memory import MemoryRegion, Span, new_region, span_of
 from ._messages import Messages, receive
 from ._native import ffi, lib
+from ._near import near_nics
 from ._nics import Nic, nic_of
 from ._pages import page_indices
 from ._peer import Address, NicAddress, Peer
@@ -104,7 +105,8 @@ class TransferEngine:
         Args:
             provider: ``"auto"``, one of ``"local"``, ``"tcp"``, ``"efa"``, or several
                 with commas between. ``"auto"`` is what FABRIC_PROVIDER says, if it is set.
-            nics: names of the provider's NICs, see ``fabric info``; None takes its choice.
+            nics: names of the provider's NICs, see ``fabric info``; None takes those of the GPU,
+                where this process sees exactly one (`fabric.topology`), else the provider's choice.
             spin_us: microseconds that a waiter polls before it sleeps.
             cpu: CPU of the worker thread; None leaves it to the kernel.
             peer_timeout: seconds of silence after which a peer is unreachable.
@@ -729,6 +731,8 @@ def _config(
         provider = PROVIDER.value or provider
     if nics is not None and not _names(nics):
         raise InvalidArgument(f"nics: None or a list of names is needed, not {nics!r}")
+    if nics is None:
+        provider, nics = near_nics(provider)
     if not isinstance(peer_timeout, int | float) or not 0 < peer_timeout < math.inf:
         raise InvalidArgument(f"peer_timeout: seconds are needed, not {peer_timeout!r}")
     if accept is not None and not callable(accept):
