@@ -61,7 +61,7 @@ COUNTERS = (
 )
 EARLY_IMM, NO_RECEIVES = 1, 2
 """Bits of ``faults``."""
-UNRESPONSIVE_MS = 3000
+UNRESPONSIVE_MS = 1000
 
 
 class Emulator:
