@@ -41,9 +41,16 @@ def test_a_hundred_engines(farm: Farm) -> None:
     farm("probe")
     node = farm.bare("a")
     first = node.call(open_and_close, farm.provider, farm.nics, 10)
-    memory = node.call(commands.resident_bytes)
-    assert node.call(open_and_close, farm.provider, farm.nics, scaled(100, 20)) == first
-    assert node.call(commands.resident_bytes) - memory < 8 << 20
+    # What an allocator keeps to itself grows until all that ever was needed at once is in use, once;
+    # a leak would show in each round.
+    growth = []
+    for _ in range(2):
+        memory = node.call(commands.resident_bytes)
+        assert node.call(open_and_close, farm.provider, farm.nics, scaled(100, 20)) == first
+        growth.append(node.call(commands.resident_bytes) - memory)
+        if growth[-1] < 8 << 20:
+            return
+    raise AssertionError(f"the process grew by {growth} bytes")
 
 
 def visit(node: State, provider: str, nics: list[str] | None, descriptor: bytes, imm: int) -> None:
