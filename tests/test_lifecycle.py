@@ -41,8 +41,8 @@ def test_a_hundred_engines(farm: Farm) -> None:
     farm("probe")
     node = farm.bare("a")
     first = node.call(open_and_close, farm.provider, farm.nics, 10)
-    # What an allocator keeps to itself grows until all that was ever needed at once is in use; a leak
-    # would show in each round.
+    # What an allocator keeps to itself grows until all that was ever needed at once is in use; a
+    # leak would show in each round.
     growth = []
     for _ in range(2):
         memory = node.call(commands.resident_bytes)
