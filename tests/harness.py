@@ -26,6 +26,7 @@ import pytest
 
 import fabric
 from tests import commands
+from tests.efa.emulator import UNRESPONSIVE_MS, Emulator
 from tests.scale import patient
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ EXIT_SECONDS = patient(20.0)
 IMPORTS = ("tests.commands", "tests.harness", "kvtransfer")
 """What the nodes of all tests import; the modules of tests themselves come with the commands."""
 REPLY_BYTES = 64
+PAUSE_MS = 30_000
+"""Longer than any pause of a node."""
 
 
 class ForkServer:
@@ -242,6 +245,16 @@ class Node:
         self.signal(signal.SIGSTOP)
         wait_until(lambda: process_state(self.pid) == "T", 5.0, f"{self.name} does not stop")
 
+    def pause(self) -> None:
+        """Freeze the node for a moment, after which all that was under way goes on.
+
+        An emulated device stands still with its process, where a real one would not: until the
+        farm closes, nobody takes it for dead meanwhile.
+        """
+        if "EFA_EMULATOR" in os.environ:
+            Emulator()["unresponsive_ms"] = PAUSE_MS
+        self.freeze()
+
     def thaw(self) -> None:
         """Let a frozen node go on."""
         self.signal(signal.SIGCONT)
@@ -395,6 +408,8 @@ class Farm:
         finally:
             for node in self.nodes:
                 node.kill()
+            if "EFA_EMULATOR" in os.environ:
+                Emulator()["unresponsive_ms"] = UNRESPONSIVE_MS
         assert not codes, f"nodes that did not leave cleanly: {codes}"
 
 

@@ -117,7 +117,7 @@ def test_transfers(farm: Farm) -> None:
     descriptor = b.region("dst", SIZE, 2)
     imm = b.counter("count")
     a.call(commands.write_imm, b.address, imm)
-    b.freeze()
+    b.pause()
     count = a.call(take_all_transfers, descriptor, imm)
     assert 0 < count <= TRANSFERS
     waiting = [

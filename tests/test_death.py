@@ -267,7 +267,7 @@ def test_a_slow_wait_does_not_hold_up_other_peers(farm: Farm) -> None:
     a.region("src", scaled(8 << 20), 1)
     stuck = b.region("dst", scaled(8 << 20), 2, "numpy")
     good = c.region("dst", scaled(8 << 20), 2, "numpy")
-    b.freeze()
+    b.pause()
     for number in range(50):
         a.call(commands.begin_write, f"stuck {number}", "src", stuck, {})
     begin = time.monotonic()
@@ -381,7 +381,7 @@ def test_a_receiver_that_hung_for_a_moment(farm: Farm) -> None:
     descriptor = b.region("dst", scaled(32 << 20), 4, "numpy")
     imm = b.counter("count")
     a.write("src", descriptor, length=1, imm=imm)
-    b.freeze()
+    b.pause()
     a.call(commands.begin_write, "t", "src", descriptor, {"imm": imm})
     time.sleep(1.0)
     assert not a.call(commands.transfer_done, "t")

@@ -205,7 +205,7 @@ def test_deregister_of_a_source_waits_for_its_transfers(farm: Farm) -> None:
     descriptor = b.region("dst", SIZE, 2, "numpy")
     imm = b.counter("count")
     a.write("src", descriptor, length=1, imm=imm)
-    b.freeze()
+    b.pause()
     a.call(commands.begin_write, "t", "src", descriptor, {"imm": imm})
     with pytest.raises(fabric.WaitTimeout):
         a.call(commands.deregister, "src", 0.3)

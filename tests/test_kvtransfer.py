@@ -444,7 +444,7 @@ def test_a_cancellation_without_answer_leaves_a_quarantine(farm: Farm) -> None:
     for one in (0, 2):
         decoder.call(submit, prefiller.address, one, 5, "hold")
         wait_for_half(prefiller, one)
-    prefiller.freeze()
+    prefiller.pause()
     for one in (0, 2):
         with pytest.raises(fabric.WaitTimeout):
             decoder.call(cancel, one, 0.2)

@@ -30,7 +30,7 @@ def stuck_write(farm: Farm, **options: object) -> tuple[Node, Node, int]:
     a.call(commands.write_imm, b.address, imm)
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
-    b.freeze()
+    b.pause()
     a.call(commands.begin_write, "t", "src", descriptor, {"imm": imm, **options})
     return a, b, imm
 

@@ -61,7 +61,8 @@ COUNTERS = (
 )
 EARLY_IMM, NO_RECEIVES = 1, 2
 """Bits of ``faults``."""
-UNRESPONSIVE_MS = 1000
+UNRESPONSIVE_MS = 2000
+"""How long a device may be silent, where nobody says otherwise."""
 
 
 class Emulator:
