@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed, once for all workers of a parallel run."""
     config.addinivalue_line("markers", "only(*names): the test is about these providers")
+    config.addinivalue_line("markers", "fences: the test needs writes that can be fenced")
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1 << 31)
 
@@ -92,6 +93,9 @@ NEEDS_GUEST = "needs the SoftRoCE guest"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where providers are named, leave out what says nothing about them."""
+    for item in items:
+        if item.get_closest_marker("fences") and is_unfenced(item):
+            item.add_marker(pytest.mark.skip(reason="emulated writes cannot be fenced"))
     if config.option.providers is None:
         return
     kept: list[pytest.Item] = []
@@ -100,6 +104,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if is_of_a_provider(item) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def is_unfenced(item: pytest.Item) -> bool:
+    """Return whether a test runs on a provider that has no fence."""
+    params: dict[str, object] = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("provider") == "efa-old"
 
 
 def is_of_a_provider(item: pytest.Item) -> bool:

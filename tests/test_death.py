@@ -23,6 +23,7 @@ ACKNOWLEDGED = 500  # of which the sender must know some: not every write is ack
 MARK = 0xA5  # what the source holds; the destination holds zeros
 TIMEOUT = patient(2.0)  # peer_timeout of these engines, in seconds
 SLACK = patient(1.5)  # for two cores that others use as well, in seconds
+pytestmark = pytest.mark.fences
 CHILDREN = ["none", "python", "raw"]
 
 

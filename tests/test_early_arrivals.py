@@ -90,6 +90,7 @@ def test_as_many_early_ids_as_the_table_holds(farm: Farm) -> None:
     assert b.stats()["imm_overflow"] == 0
 
 
+@pytest.mark.fences
 def test_too_many_early_ids_void_the_user_ids_of_that_peer(farm: Farm) -> None:
     a, b, c = farm("a"), farm("b"), farm("c")
     chosen = b.counter("chosen")

@@ -33,6 +33,7 @@ SENDERS = 3
 CREDIT = 64  # immediates of a lane that its receiver has not read
 RECEIVES = 256 + 32  # of a NIC, and answers to strangers
 MILLION = 1_000_000
+ALLOWED, FORBIDDEN = ({"FABRIC_EFA_ALLOW_EMULATED": value} for value in "10")
 
 
 @pytest.fixture
@@ -277,17 +278,91 @@ def test_keys_are_of_one_peer(trio: tuple[Node, Node, Node]) -> None:
     b.call(commands.deregister, "dst")
 
 
+def stale_of(address: bytes) -> bytes:
+    """Return the address of an engine that is gone, whose queue pairs' numbers are in use again."""
+    now = fabric.Address.from_bytes(address)
+    # A blob is a token (8 bytes), a GID (16), a queue pair (2), padding (2), and its key (4).
+    nics = tuple(
+        nic._replace(blob=nic.blob[:28] + bytes(b ^ 0xFF for b in nic.blob[28:32]) + nic.blob[32:])
+        for nic in now.nics
+    )
+    return bytes(fabric.Address(os.urandom(16), "stale", nics))
+
+
+@everywhere
+def test_a_stale_address_takes_nobody_s_immediates(farm: Farm) -> None:
+    """libfabric tells the source of an immediate by queue pair; an address has a key besides."""
+    a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
+    imm = b.counter("count")
+    a.call(commands.write_imm, b.address, imm)
+    with pytest.raises(fabric.PeerUnreachable):
+        b.call(commands.write_imm, stale_of(a.address), 1)
+    a.call(commands.write_imm, b.address, imm, 3 * CREDIT)
+    assert b.settled("count", 1 + 3 * CREDIT) == 1 + 3 * CREDIT
+
+
+@everywhere
+def test_peers_that_take_nothing_leave_room(farm: Farm) -> None:
+    """All share one send queue; what is stuck in it is not all of it."""
+    a, *stuck = (farm(name, peer_timeout=10.0) for name in "abcdef")
+    free = farm("g", peer_timeout=10.0)
+    a.region("src", SIZE, NEW)
+    descriptors = [node.region("dst", SIZE, OLD) for node in (*stuck, free)]
+    for descriptor in descriptors:
+        a.write("src", descriptor)
+    for node in stuck:
+        node.pause()
+    for descriptor in descriptors[:-1]:
+        a.call(pour, descriptor)
+    begin = time.monotonic()
+    for _ in range(20):
+        a.write("src", descriptors[-1])
+    assert time.monotonic() - begin < 2.0
+    for node in stuck:
+        node.thaw()
+    a.call(wait_for_all)
+    assert [node.differs("dst", NEW) for node in stuck] == [""] * len(stuck)
+
+
+def pour(node: State, descriptor: bytes) -> None:
+    """Begin more writes than a send queue has places."""
+    remote = fabric.Descriptor.from_bytes(descriptor)
+    transfers = node.things.setdefault("poured", [])
+    for _ in range(300):
+        transfers.append(node.engine.write(node.things["src"], remote, length=1000))
+
+
+def wait_for_all(node: State) -> None:
+    """Wait for what `pour` began."""
+    for transfer in node.things.pop("poured"):
+        transfer.wait(timeout=20.0)
+
+
 @old
 def test_emulated_writes_are_refused(farm: Farm) -> None:
     """A libfabric that would write with messages is refused, with the way out."""
     with pytest.raises(fabric.ProviderUnavailable, match="FABRIC_EFA_ALLOW_EMULATED"):
-        farm("a")
+        farm("a", env=FORBIDDEN)
+
+
+@old
+def test_emulated_writes_cannot_be_fenced(farm: Farm) -> None:
+    """Their keys are asked for once; what was asked then may still land, and nobody is told else."""
+    a, b = (farm(name, env=ALLOWED) for name in "ab")
+    a.region("src", SIZE, NEW)
+    descriptor = b.region("dst", SIZE, OLD)
+    b.region("other", SIZE, OLD)
+    a.write("src", descriptor)
+    with pytest.raises(fabric.FenceUnsupported, match="may still land"):
+        b.call(commands.disconnect, a.address)
+    with pytest.raises(fabric.FenceUnsupported, match="do not free or reuse"):
+        b.call(commands.deregister, "dst")
+    b.call(commands.deregister, "other")
 
 
 @old
 def test_emulated_writes_when_they_are_allowed(farm: Farm, emulator: Emulator) -> None:
-    allowed = {"FABRIC_EFA_ALLOW_EMULATED": "1"}
-    a, b = farm("a", env=allowed), farm("b", env=allowed)
+    a, b = (farm(name, env=ALLOWED) for name in "ab")
     a.region("src", SIZE, NEW)
     descriptor = b.region("dst", SIZE, OLD)
     imm = b.counter("count")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.harness import Farm
     from tests.node import State
 
+pytestmark = pytest.mark.fences
 SIZE = scaled(4 << 20)
 LONG = 32_768  # pages: seconds of work
 KINDS = ["alloc", "numpy"]

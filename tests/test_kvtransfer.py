@@ -415,6 +415,7 @@ def test_a_closing_prefiller_fails_its_requests(pair: tuple[Node, Node]) -> None
     decoder.call(close)
 
 
+@pytest.mark.fences
 def test_a_dead_prefiller_frees_the_pages(farm: Farm) -> None:
     """Only its own: the other one's requests go on."""
     doomed, decoder = start([farm("a", peer_timeout=QUICK), farm("b", peer_timeout=QUICK)])
@@ -457,6 +458,7 @@ def test_a_cancellation_without_answer_leaves_a_quarantine(farm: Farm) -> None:
     prefiller.call(close)
 
 
+@pytest.mark.fences
 def test_a_frozen_prefiller_cannot_write_after_the_fence(farm: Farm) -> None:
     """Not even when it comes back and there is a new session between the same two."""
     prefiller, decoder = start([farm("a", peer_timeout=QUICK), farm("b", peer_timeout=QUICK)])

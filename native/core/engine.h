@@ -91,6 +91,8 @@ struct fab_region {
     bool restricted;
     _Atomic bool closing; /* nothing of ours begins any more */
     bool quiescing; /* and nobody is granted it */
+    bool stuck; /* and a NIC did not let go of it */
+    bool unfenced; /* a peer that is gone may still write to it, as long as this engine is open */
     _Atomic uint32_t busy; /* transfers that read from it */
     struct fab_mr *mrs[FAB_MAX_NICS];
     fab_key keys[FAB_MAX_NICS];

@@ -462,10 +462,15 @@ static void admit(struct fab_nic *nic, struct fab_origin *origin, const struct f
     memcpy(p->label, h->label, sizeof p->label);
     int rc = open_their_lanes(p, nic, origin, h);
     if (rc) {
-        fab_log(FAB_LOG_WARN, "peer %s: cannot open lanes: %s", p->label, fab_take_reason(rc));
-        if (!p->lanes[0])
+        char text[FAB_TEXT_MAX];
+        fab_text(text, sizeof text, "cannot open the lanes it asks for: %s", fab_take_reason(rc));
+        fab_log(FAB_LOG_WARN, "peer %s: %s", p->label, text);
+        if (!origin || !p->lanes[0]) /* its first lane takes an origin */
             refuse(nic, origin, h, FAB_E_SYSTEM, "it could not open a lane");
         drop_lanes(p);
+        /* Of two attempts at once ours was given up for this one (settle_existing). */
+        if (atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_CONNECTING)
+            fab_session_doom(p, FAB_E_UNREACHABLE, text);
         return;
     }
     begin(p, false);

@@ -12,10 +12,16 @@ struct fab_shown {
     fab_key keys[FAB_MAX_NICS];
 };
 
-static bool needed(const struct fab_engine *e)
+/* Whether a session over this NIC needs keys of its own. */
+static bool needs_keys(const struct fab_nic *nic, const struct fab_peer *p)
 {
-    for (uint32_t i = 0; i < e->nic_count; i++)
-        if (!e->nics[i]->fences)
+    return !nic->fences && nic->provider == p->provider;
+}
+
+static bool needed(const struct fab_peer *p)
+{
+    for (uint32_t i = 0; i < p->engine->nic_count; i++)
+        if (needs_keys(p->engine->nics[i], p))
             return true;
     return false;
 }
@@ -49,7 +55,7 @@ static int show(struct fab_engine *e, const struct fab_region *r, struct fab_sho
     for (uint32_t i = 0; i < e->nic_count; i++) {
         struct fab_nic *nic = e->nics[i];
         s->keys[i] = r->keys[i];
-        if (nic->fences || !r->mrs[i])
+        if (!needs_keys(nic, s->peer) || !r->mrs[i])
             continue;
         int rc = nic->provider->mr_reg(nic, &memory, &s->mrs[i], &s->keys[i]);
         if (rc) {
@@ -65,7 +71,7 @@ int fab_keys_give(struct fab_peer *p, struct fab_region *r, const fab_key **keys
     struct fab_engine *e = p->engine;
     struct fab_shown *s = r->shown;
     *count = 0;
-    if (!needed(e))
+    if (!needed(p))
         return 0;
     while (s && s->peer != p)
         s = s->next;
@@ -138,8 +144,6 @@ bool fab_keys_revoke(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
     bool all = revoke_bells(p);
-    if (!needed(e))
-        return all;
     uint32_t touched = atomic_load_explicit(&e->regions.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_region *r = fab_slot_at(&e->regions, i);

@@ -498,6 +498,7 @@ void fab_regions_forget_holder(struct fab_peer *p)
     uint32_t touched = atomic_load_explicit(&e->regions.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_region *r = fab_slot_at(&e->regions, i);
+        r->unfenced |= p->no_fence && bit(r->holders, p->slot.index);
         clear_bit(r->holders, p->slot.index);
         clear_bit(r->ask, p->slot.index);
         clear_bit(r->quiet, p->slot.index);
@@ -560,11 +561,12 @@ static void fence_holders(struct fab_engine *e, struct fab_region *r)
 static int remove_region(struct fab_engine *e, struct fab_region *r)
 {
     int rc = unregister(e, r);
-    if (rc) { /* it may be tried again */
-        atomic_store(&r->closing, false);
+    fab_lock(e);
+    if (rc) { /* nobody uses it any more, but it may be tried again */
+        r->stuck = true;
+        fab_unlock(e);
         return rc;
     }
-    fab_lock(e);
     if (r->origin) {
         r->origin->aliases--;
         r->memfd = -1;
@@ -585,8 +587,10 @@ static int begin_closing(struct fab_engine *e, struct fab_region *r)
                        "%u descriptors made for single peers show this region; "
                        "deregister those first",
                        r->aliases);
-    else if (atomic_exchange(&r->closing, true))
+    else if (atomic_exchange(&r->closing, true) && !r->stuck)
         rc = fab_error(FAB_E_INVALID, "the region is being deregistered already");
+    if (!rc)
+        r->stuck = false;
     fab_unlock(e);
     return rc;
 }
@@ -615,11 +619,17 @@ static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeou
     fab_lock(e);
     e->now = fab_now();
     fence_holders(e, r);
-    rc = any_bit(r->quiet) ? fab_error(FAB_E_FENCE_PENDING,
-                                       "a peer may still be inside a write to "
-                                       "the region; it stays registered: do not free or reuse it, "
-                                       "and try again")
-                           : 0;
+    if (any_bit(r->quiet))
+        rc = fab_error(FAB_E_FENCE_PENDING,
+                       "a peer may still be inside a write to the region; it stays registered: do "
+                       "not free or reuse it, and try again");
+    else if (r->unfenced)
+        rc = fab_error(FAB_E_FENCE_UNSUPPORTED,
+                       "a peer is gone that could write to the region, and its provider cannot "
+                       "fence it: writes it began may still land until this engine is closed; the "
+                       "region stays registered: do not free or reuse it before");
+    else
+        rc = 0;
     if (rc) {
         r->quiescing = false;
         atomic_store(&r->closing, false);

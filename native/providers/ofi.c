@@ -68,7 +68,7 @@ static int poll_domain(struct ofi_domain *domain, int budget)
     do {
         (void)ofi_domain_read(domain);
         done += ofi_handle_queued(domain, OFI_BATCH);
-    } while (!domain->dry && done < budget);
+    } while (domain->more && done < budget);
     return done;
 }
 
@@ -235,13 +235,28 @@ static void flush_lanes(struct ofi_nic *nic)
     }
 }
 
-/* Receive buffers that could not be posted again when they were used. */
-static void refill(struct ofi_port *port)
+/* True: all receive buffers of the port are posted. */
+static bool refill(struct ofi_port *port)
 {
-    struct ofi_slot *slot = ofi_pool_take(&port->recvs);
+    struct ofi_slot *slot;
 
-    if (slot && ofi_port_recv(port, slot))
-        ofi_pool_give(&port->recvs, slot);
+    while ((slot = ofi_pool_take(&port->recvs)))
+        if (ofi_port_recv(port, slot)) {
+            ofi_pool_give(&port->recvs, slot);
+            return false;
+        }
+    return true;
+}
+
+/* Receive buffers that could not be posted again when they were used. */
+static void refill_all(struct ofi_nic *nic)
+{
+    nic->recvs_owed = !refill(&nic->port);
+    for (uint32_t i = 0; i < nic->lane_slots; i++) {
+        struct ofi_lane *lane = nic->lanes[i];
+        if (lane && lane->port == &lane->own && !lane->closing && !refill(&lane->own))
+            nic->recvs_owed = true;
+    }
 }
 
 static int ofi_poll(struct fab_nic *base, int budget)
@@ -251,8 +266,11 @@ static int ofi_poll(struct fab_nic *base, int budget)
 
     if (nic->listen != nic->data && (nic->lane_count == 0 || ++nic->turn % OFI_LISTEN_TURN == 0)) {
         done += poll_domain(nic->listen, budget);
-        refill(&nic->port);
     }
+    if (nic->graves && !nic->kind->lane_endpoints)
+        ofi_lanes_exhume(nic, false);
+    if (nic->recvs_owed)
+        refill_all(nic);
     if (nic->credit_owed)
         ofi_credit_pay(nic);
     if (nic->waiting_frames)
@@ -269,7 +287,7 @@ static int ofi_poll(struct fab_nic *base, int budget)
 /* When to look again for what waits for a connection; 0: never. */
 static uint64_t next_retry(const struct ofi_nic *nic, uint64_t now)
 {
-    uint64_t first = nic->waiting.head ? now + OFI_RETRY_MAX_NS : 0;
+    uint64_t first = nic->waiting.head || nic->recvs_owed ? now + OFI_RETRY_MAX_NS : 0;
 
     for (uint32_t i = 0; i < nic->lane_slots; i++) {
         const struct ofi_lane *lane = nic->lanes[i];

@@ -66,7 +66,11 @@ enum {
     OFI_LANE_RECVS = 16,          /* where a lane has an endpoint; more wait in the socket */
     OFI_LANE_SENDS = FAB_CONTROL_FRAMES + FAB_MESSAGE_FRAMES + 8,
     OFI_NIC_RECVS = 256,
-    OFI_SOURCES = 65536,          /* addresses that lanes of a shared endpoint have pointed at */
+    OFI_SOURCES = 65536,          /* addresses that a shared endpoint has sent to, */
+    OFI_STRANGERS = OFI_SOURCES / 2, /* not so many because of strangers */
+    OFI_QUEUE_NAME = 18,          /* of an EFA address: GID and queue pair; its key follows */
+    OFI_EFA_RECVS = 1024,         /* that libfabric posts on its own account */
+    OFI_FRAMES_ROOM = 32,         /* of a shared send queue, which writes leave to frames */
     OFI_REPLIES = 32,             /* frames to strangers under way */
     OFI_BATCH = 64,               /* completions of one read */
     OFI_QUEUE = 1024,             /* events of a domain read and not yet handled */
@@ -123,7 +127,7 @@ struct ofi_kind {
     uint32_t api_max; /* asked for */
     /* Before and after the endpoint is enabled; 0 or a negative errno with its text. */
     int (*before_enable)(struct fid_ep *ep);
-    int (*after_enable)(struct fid_ep *ep);
+    int (*after_enable)(struct ofi_nic *nic, struct fid_ep *ep);
 };
 
 enum ofi_slot_kind { OFI_WRITE = 1, OFI_SEND, OFI_RECV, OFI_REPLY, OFI_BREAK };
@@ -184,7 +188,8 @@ struct ofi_domain {
     uint32_t queued;
     uint32_t events; /* read so far */
     uint32_t places; /* of cq */
-    bool dry; /* the last read emptied cq */
+    bool dry; /* the last read found cq empty */
+    bool more; /* it found as much as it takes, or an error: there may be more */
     struct ofi_event queue[OFI_QUEUE];
 };
 
@@ -241,9 +246,13 @@ struct ofi_lane {
     struct ofi_slot breaks[OFI_BREAKS];
 };
 
-/* A remote address on an endpoint that lanes share. */
+/* A remote address on an endpoint that lanes share. With an immediate comes no more of it than the
+ * device and the queue pair (`queue`), and libfabric takes the address that it was given last with
+ * these for the source. One queue pair is one peer, so all such addresses mean the same lane. */
 struct ofi_source {
     struct ofi_lane *lane; /* the one that immediates from there belong to */
+    uint8_t queue[OFI_QUEUE_NAME];
+    bool held; /* this entry is in use */
 };
 
 struct ofi_nic {
@@ -263,6 +272,7 @@ struct ofi_nic {
     uint32_t lane_slots;
     uint32_t lane_count;
     uint32_t waiting_frames; /* of all lanes */
+    uint32_t writes_out; /* of all lanes */
     struct ofi_source *sources;
     uint64_t source_slots;
     uint64_t used_ports[2][1024]; /* bitmaps: ports of earlier lanes, recent and older */
@@ -270,6 +280,8 @@ struct ofi_nic {
     uint32_t turn;
     uint32_t next_lane; /* whose queue is polled first */
     bool credit_owed; /* a lane could not tell what it has read */
+    bool recvs_owed; /* a receive buffer could not be posted again */
+    bool emulated; /* libfabric makes messages of writes: no key ends one that has begun */
     bool can_sleep;
     uint64_t nap_ns; /* the last one, where it cannot */
     bool timer_set;
@@ -356,6 +368,9 @@ int ofi_lane_verdict(struct ofi_lane *lane, ssize_t rc);
 bool ofi_lane_gated(const struct ofi_lane *lane);
 struct ofi_lane *ofi_lane_of_token(const struct ofi_nic *nic, uint32_t low);
 struct ofi_lane *ofi_lane_of_source(const struct ofi_nic *nic, fi_addr_t from);
+/* On a shared endpoint: notes an address that was inserted in its address vector. Negative, with its
+ * text where `most` are there: it was not noted, and is removed again. */
+int ofi_source_hold(struct ofi_nic *nic, fi_addr_t from, const uint8_t *address, uint32_t most);
 
 /* ofi_event.c */
 /* Acts on one event; drops frames of a lane that is closing. */

@@ -3,7 +3,8 @@
  * On EFA every immediate takes a place in the receiver's completion queue, and nothing but the
  * senders' restraint keeps that from overrunning, which is fatal. So a sender has at most OFI_IMMS
  * immediates on a lane that the receiver has not read, and a NIC takes only so many lanes as its
- * queue has places for (ofi_kind.credits).
+ * queue has places for (ofi_kind.credits), beside one for each receive and each send that libfabric
+ * may have posted.
  *
  * After each half of that the receiver tells how many it has read in all: a frame of 8 bytes, which
  * no frame of the core has, {u32 CREDIT, u32 count}, little-endian. Counts wrap around, and may come
@@ -66,7 +67,7 @@ void ofi_credit_pay(struct ofi_nic *nic)
 
 int ofi_credit_admit(const struct ofi_nic *nic)
 {
-    uint32_t reserved = OFI_NIC_RECVS + OFI_REPLIES + (uint32_t)nic->info->tx_attr->size;
+    uint32_t reserved = (uint32_t)(nic->info->rx_attr->size + nic->info->tx_attr->size);
     uint32_t places = nic->data->places > reserved ? nic->data->places - reserved : 0;
 
     if (!nic->kind->credits || nic->lane_count < places / OFI_IMMS)

@@ -146,7 +146,9 @@ int ofi_domain_read(struct ofi_domain *domain)
     ssize_t n = sources ? fi_cq_readfrom(domain->cq, entries, OFI_BATCH, from)
                         : fi_cq_read(domain->cq, entries, OFI_BATCH);
 
-    domain->dry = n != -FI_EAVAIL && n < OFI_BATCH;
+    /* A read also stops in front of an error: only one that finds nothing has emptied it. */
+    domain->dry = n <= 0 && n != -FI_EAVAIL;
+    domain->more = n == -FI_EAVAIL || n == OFI_BATCH;
     if (n == -FI_EAVAIL)
         return read_error(domain);
     for (ssize_t i = 0; i < n; i++)

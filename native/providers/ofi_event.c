@@ -61,6 +61,7 @@ static void report_write(struct ofi_domain *domain, struct ofi_slot *slot, int e
     uint64_t wr_id = slot->wr_id;
 
     lane->writes_out--;
+    domain->nic->writes_out--;
     lane->bytes_out -= slot->bytes;
     slot->next = lane->free_writes;
     lane->free_writes = slot;
@@ -134,8 +135,10 @@ static void recv_ended(struct ofi_domain *domain, const struct ofi_event *event)
         ofi_frame_received(port, slot, event->length);
     else if (lane && lane->peer_token)
         down(domain, lane, "receiving a control frame", event);
-    if (ofi_port_recv(port, slot))
-        ofi_pool_give(&port->recvs, slot); /* poll() tries again */
+    if (ofi_port_recv(port, slot)) {
+        ofi_pool_give(&port->recvs, slot);
+        domain->nic->recvs_owed = true;
+    }
 }
 
 /* The peer sees the failure of a write that broke off, if it lives; here it is the only sign that

@@ -105,10 +105,12 @@ int ofi_origin_reply(struct fab_nic *base, struct fab_origin *origin, const uint
         ofi_pool_give(&nic->replies, slot);
         return -EINVAL;
     }
-    if (!nic->kind->lane_endpoints && slot->to >= OFI_SOURCES) { /* nothing was sent to it yet */
-        (void)fi_av_remove(nic->port.av, &slot->to, 1, 0);
+    int rc = nic->kind->lane_endpoints
+                 ? 0
+                 : ofi_source_hold(nic, slot->to, blob + OFI_TOKEN_BYTES, OFI_STRANGERS);
+    if (rc) {
         ofi_pool_give(&nic->replies, slot);
-        return -ENOSPC;
+        return rc;
     }
     fill(slot, token, bytes, length);
     slot->deadline = ofi_now() + OFI_REPLY_NS;

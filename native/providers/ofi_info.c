@@ -43,13 +43,14 @@ static bool emulation_allowed(void)
     return allow && strcmp(allow, "1") == 0;
 }
 
-static int efa_after_enable(struct fid_ep *ep)
+static int efa_after_enable(struct ofi_nic *nic, struct fid_ep *ep)
 {
     bool emulated = true;
     size_t size = sizeof(emulated);
     int rc = fi_getopt(&ep->fid, FI_OPT_ENDPOINT, OPT_EFA_EMULATED_WRITE, &emulated, &size);
 
-    if ((rc == 0 && !emulated) || emulation_allowed())
+    nic->emulated = rc || emulated;
+    if (!nic->emulated || emulation_allowed())
         return 0;
     fab_fail_text("efa would emulate RDMA writes with messages on this device: a completion "
                   "would prove less; FABRIC_EFA_ALLOW_EMULATED=1 permits it");
@@ -152,6 +153,8 @@ static struct fi_info *make_hints(const struct ofi_kind *kind, const struct fab_
     hints->domain_attr->threading = FI_THREAD_DOMAIN;
     hints->domain_attr->data_progress = kind->progress;
     hints->domain_attr->cq_data_size = kind->cq_data_size;
+    if (kind->credits)
+        hints->rx_attr->size = OFI_EFA_RECVS;
     hints->fabric_attr->prov_name = strdup(provider_of(kind, lib));
     return hints;
 }

@@ -121,33 +121,59 @@ static void leave(struct ofi_nic *nic, const struct ofi_lane *lane)
     nic->lane_count--;
 }
 
-/* On a shared endpoint: immediates from an address belong to the lane that last pointed there. */
-static void attribute(struct ofi_nic *nic, fi_addr_t from)
+/* The lane that is pointed at a queue pair. */
+static struct ofi_lane *pointed_at(const struct ofi_nic *nic, const uint8_t *queue)
 {
-    nic->sources[from].lane = NULL;
     for (uint32_t i = 0; i < nic->lane_slots; i++) {
         struct ofi_lane *lane = nic->lanes[i];
-        if (lane && lane->pointed && lane->to == from && lane->peer_token)
-            nic->sources[from].lane = lane;
+        if (lane && lane->pointed && lane->peer_token &&
+            memcmp(lane->peer_address, queue, OFI_QUEUE_NAME) == 0)
+            return lane;
     }
+    return NULL;
 }
 
-static int hold_source(struct ofi_nic *nic, fi_addr_t from)
+/* On a shared endpoint: immediates from a queue pair belong to the lane that points there. */
+static void attribute(struct ofi_nic *nic, const uint8_t *queue)
 {
-    if (from >= OFI_SOURCES) {
+    struct ofi_lane *lane = pointed_at(nic, queue);
+
+    for (uint64_t i = 0; i < nic->source_slots; i++)
+        if (nic->sources[i].held && memcmp(nic->sources[i].queue, queue, OFI_QUEUE_NAME) == 0)
+            nic->sources[i].lane = lane;
+}
+
+static int grow_sources(struct ofi_nic *nic, fi_addr_t from)
+{
+    uint64_t slots = from + 64;
+    struct ofi_source *sources = realloc(nic->sources, slots * sizeof(*sources));
+
+    if (!sources)
+        return -ENOMEM;
+    memset(sources + nic->source_slots, 0, (slots - nic->source_slots) * sizeof(*sources));
+    nic->sources = sources;
+    nic->source_slots = slots;
+    return 0;
+}
+
+int ofi_source_hold(struct ofi_nic *nic, fi_addr_t from, const uint8_t *address, uint32_t most)
+{
+    if (from < nic->source_slots && nic->sources[from].held)
+        return 0;
+    int rc = from < most ? 0 : -ENOSPC;
+    if (rc)
         fab_fail_text("%s %s: it has had %u peers since it was opened, the limit", nic->kind->name,
-                      nic->base.info.name, OFI_SOURCES);
-        return -ENOSPC;
+                      nic->base.info.name, most);
+    else if (from >= nic->source_slots)
+        rc = grow_sources(nic, from);
+    if (rc) { /* nothing was sent to it yet */
+        (void)fi_av_remove(nic->port.av, &from, 1, 0);
+        return rc;
     }
-    if (from >= nic->source_slots) {
-        uint64_t slots = from + 64;
-        struct ofi_source *sources = realloc(nic->sources, slots * sizeof(*sources));
-        if (!sources)
-            return -ENOMEM;
-        memset(sources + nic->source_slots, 0, (slots - nic->source_slots) * sizeof(*sources));
-        nic->sources = sources;
-        nic->source_slots = slots;
-    }
+    struct ofi_source *source = &nic->sources[from];
+    source->held = true;
+    memcpy(source->queue, address, OFI_QUEUE_NAME);
+    source->lane = pointed_at(nic, address);
     return 0;
 }
 
@@ -161,7 +187,7 @@ static void unpoint(struct ofi_lane *lane)
     if (!lane->pointed || nic->kind->lane_endpoints)
         return;
     lane->pointed = false;
-    attribute(nic, lane->to);
+    attribute(nic, lane->peer_address);
 }
 
 /* ---- open ---- */
@@ -324,7 +350,7 @@ static int point_at(struct ofi_lane *lane, const uint8_t *address)
     if (fi_av_insert(lane->port->av, address, 1, &to, 0, NULL) != 1)
         return -EINVAL;
     if (!nic->kind->lane_endpoints) {
-        int rc = hold_source(nic, to);
+        int rc = ofi_source_hold(nic, to, address, OFI_SOURCES);
         if (rc)
             return rc;
     }
@@ -360,7 +386,7 @@ int ofi_lane_connect(struct fab_lane *base, const uint8_t *blob, uint32_t length
     lane->retry_at = 0;
     lane->retry_ns = 0;
     if (!nic->kind->lane_endpoints)
-        attribute(nic, lane->to);
+        attribute(nic, lane->peer_address);
     return 0;
 }
 
@@ -422,6 +448,7 @@ static void taken(struct ofi_lane *lane, const struct fab_wr *wr, bool held, str
     slot->ended = false;
     slot->error = 0;
     lane->writes_out++;
+    nic_of(lane)->writes_out++;
     lane->imms_sent += wr->flags & FAB_WR_IMM ? 1 : 0;
     lane->bytes_out += wr->length;
     if (held) {
@@ -433,13 +460,34 @@ static void taken(struct ofi_lane *lane, const struct fab_wr *wr, bool held, str
     }
 }
 
+/* Lanes share a send queue on efa: peers that take nothing must not fill it. Each may have twice as
+ * many writes there as are left, so N that are stuck leave one part in 2 N + 1 (the "dynamic
+ * threshold" of shared-memory switches, Choudhury and Hahne 1998). */
+static int share_left(const struct ofi_lane *lane)
+{
+    const struct ofi_nic *nic = (const struct ofi_nic *)lane->base.nic;
+    int out = (int)lane->writes_out;
+    int left = (int)nic->info->tx_attr->size - OFI_FRAMES_ROOM - (int)nic->writes_out;
+
+    if (nic->kind->lane_endpoints)
+        return OFI_WINDOW;
+    if (left <= 0 || out > 2 * left)
+        return 0;
+    int more = (2 * left - out) / 3;
+    return more ? more : out == 0;
+}
+
 /* How many of n fit the window, the credit, and the bytes that may be under way (one always does). */
 static int fitting(const struct ofi_lane *lane, const struct fab_wr *wrs, int n)
 {
     uint64_t bytes = lane->bytes_out;
     uint32_t credit = ofi_credit_left(lane);
     int room = OFI_WINDOW - (int)lane->writes_out;
+    int share = share_left(lane);
     int count = 0;
+
+    if (room > share)
+        room = share;
 
     while (count < n && count < room && bytes < OFI_BYTES_OUT) {
         if ((wrs[count].flags & FAB_WR_IMM) && credit-- == 0)
@@ -469,6 +517,7 @@ int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
 {
     struct ofi_lane *lane = (struct ofi_lane *)base;
     bool delivery = nic_of(lane)->kind->delivery;
+    bool emulated = nic_of(lane)->emulated; /* by messages, which prove nothing and keep no order */
     /* On efa a chain that libfabric cuts short (-FI_EAGAIN) never gets its doorbell, so what it took
      * would never complete. */
     bool chains = nic_of(lane)->kind->lane_endpoints;
@@ -482,8 +531,8 @@ int ofi_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
     for (int i = 0; i < count; i++) {
         bool last = i + 1 == count;
         bool held = delivery && !proves(&run, &wrs[i], last);
-        uint64_t flags =
-            (last || !chains ? 0 : FI_MORE) | (delivery && !held ? FI_DELIVERY_COMPLETE : 0);
+        uint64_t flags = (last || !chains ? 0 : FI_MORE) |
+                         ((delivery && !held) || emulated ? FI_DELIVERY_COMPLETE : 0);
         ssize_t rc = post_one(lane, &wrs[i], flags);
         int verdict = ofi_lane_verdict(lane, rc);
         if (verdict <= 0)
@@ -583,6 +632,7 @@ static void cancel_writes(struct ofi_lane *lane)
         if (idle[i])
             continue;
         lane->writes_out--;
+        nic_of(lane)->writes_out--;
         sink->completed(&lane->base, lane->writes[i].wr_id, -ECANCELED);
     }
 }
@@ -599,6 +649,7 @@ void ofi_lanes_exhume(struct ofi_nic *nic, bool all)
                        ? nic->grave_count > OFI_GRAVES || ofi_now() - lane->buried_at > OFI_GRAVE_NS
                        : !lane->sends_out;
         if (all || old) {
+            ofi_handle_lane(lane->domain, lane); /* what names it and was read, but not handled */
             *link = lane->grave;
             nic->grave_count--;
             free_lane(nic, lane);
@@ -628,18 +679,22 @@ static void bury(struct ofi_nic *nic, struct ofi_lane *lane)
 }
 
 /* The endpoint is shared: our own work requests must end by themselves. The peer's keys are gone, so
- * what it raised is in the queue by now, and is taken out before its address may mean another lane. */
+ * what it raised is in the queue by now, and is taken out before its address may mean another lane.
+ * Of an emulated write libfabric asks the key only once, before it takes the first bytes. */
 static int close_shared(struct ofi_nic *nic, struct ofi_lane *lane)
 {
     drain(nic->data, lane);
-    if (lane->writes_out || (lane->sends_out && nic->grave_count >= OFI_GHOSTS))
+    ofi_lanes_exhume(nic, false);
+    bool crowded = nic->grave_count >= OFI_GHOSTS && lane->peer_token;
+    if (lane->writes_out || (lane->sends_out && crowded))
         return -EINPROGRESS;
+    bool was_peer = lane->peer_token;
     unpoint(lane);
     if (lane->sends_out)
         bury(nic, lane); /* frames to a peer that takes none: all they touch is the lane's own */
     else
         free_lane(nic, lane);
-    return 0;
+    return nic->emulated && was_peer ? -ENOTSUP : 0;
 }
 
 int ofi_lane_close(struct fab_lane *base)

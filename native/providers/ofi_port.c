@@ -128,7 +128,7 @@ int ofi_port_open(struct ofi_port *port, struct ofi_domain *domain, struct ofi_l
                                                          : "opening an endpoint",
                       rc);
     else if (kind->after_enable)
-        rc = kind->after_enable(port->ep); /* has its own text */
+        rc = kind->after_enable(domain->nic, port->ep); /* has its own text */
     if (rc) {
         (void)ofi_port_shut(port);
         ofi_port_free(port);

@@ -2,7 +2,7 @@
 """The control file of the emulated EFA device: sets faults, reads counters.
 
     emulator.py make FILE devices=4 reorder_ns=2000000 ...    a new one
-    emulator.py show FILE                                     its counters
+    emulator.py end FILE     shows its counters, removes what a killed process left in /dev/shm
 
 README.md has the layout; emulator/control.c is the other side.
 """
@@ -10,6 +10,7 @@ README.md has the layout; emulator/control.c is the other side.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import mmap
 import os
 import struct
@@ -126,9 +127,20 @@ def make(path: Path, fields: dict[str, int]) -> None:
         emulator[name] = value
 
 
+def left_by(pid: int) -> Iterator[Path]:
+    """Return the files of libfabric 1.17's shm provider that a process left in /dev/shm.
+
+    Its efa provider opens that for each endpoint, with FI_EFA_ENABLE_SHM_TRANSFER=0 as well, and
+    names it by the GID; what is killed leaves it behind.
+    """
+    for index in range(16):
+        gid = b"\xfe\x80" + bytes(6) + b"\x0e\0" + struct.pack("<I", pid) + bytes([0, index + 1])
+        yield from Path("/dev/shm").glob(f"{ipaddress.IPv6Address(gid)}_*")
+
+
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit status."""
-    if len(arguments) < 2 or arguments[0] not in ("make", "show"):
+    if len(arguments) < 2 or arguments[0] not in ("make", "end"):
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[1])
@@ -138,6 +150,9 @@ def main(arguments: list[str]) -> int:
         counters = Emulator(path).counters()
         text = ", ".join(f"{name} {value}" for name, value in counters.items() if value)
         print(f"emulated EFA counted: {text or 'nothing'}")
+        for row in Emulator(path).processes():
+            for file in left_by(row["pid"]):
+                file.unlink(missing_ok=True)
     return 0
 
 
