@@ -291,7 +291,7 @@ def stale_of(address: bytes) -> bytes:
 
 @everywhere
 def test_a_stale_address_takes_nobody_s_immediates(farm: Farm) -> None:
-    """libfabric tells the source of an immediate by queue pair; an address has a key besides."""
+    """The source of an immediate is a queue pair, while an address has a key besides."""
     a, b = farm("a", peer_timeout=2.0), farm("b", peer_timeout=2.0)
     imm = b.counter("count")
     a.call(commands.write_imm, b.address, imm)
@@ -347,7 +347,7 @@ def test_emulated_writes_are_refused(farm: Farm) -> None:
 
 @old
 def test_emulated_writes_cannot_be_fenced(farm: Farm) -> None:
-    """Their keys are asked for once; what was asked then may still land, and nobody is told else."""
+    """Their keys are asked for once: what has begun may still land, and this is said."""
     a, b = (farm(name, env=ALLOWED) for name in "ab")
     a.region("src", SIZE, NEW)
     descriptor = b.region("dst", SIZE, OLD)
