@@ -5,6 +5,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 PROVIDER ?=
+HISTORIES ?= 5000
+SIM = FABRIC_LOG_LEVEL=error
+SIM_ARGS = -q -s -p no:cacheprovider tests/test_sim_histories.py
 
 export PYTHON
 # Tools of the virtual environment, for those recipes that run some.
@@ -13,7 +16,7 @@ TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[ch])
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test test-softroce test-efa ctest lint format wheel clean distclean
+.PHONY: help setup demo test test-softroce test-efa test-sim soak ctest lint format wheel clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +35,12 @@ test-softroce: setup ## pytest and the demo on `verbs`, in an emulated guest (AR
 
 test-efa: setup ## pytest and the demo on `efa`, on emulated devices (ARGS="..." to pytest)
 	@tests/efa/suite $(ARGS)
+
+test-sim: setup ## thousands of simulated histories, one seed (HISTORIES=5000)
+	@$(SIM) FABRIC_SIM_HISTORIES=$(HISTORIES) .venv/bin/python -m pytest $(SIM_ARGS) --timeout 900 $(ARGS)
+
+soak: setup ## simulated histories, seed after seed, until one fails or it is stopped
+	@while $(SIM) FABRIC_SIM_HISTORIES=$(HISTORIES) .venv/bin/python -m pytest $(SIM_ARGS) --timeout 0; do :; done
 
 ctest: setup ## C tests; PRESET=dev, asan or tsan
 	@$(TOOLS) scripts/ctest $(or $(PRESET),dev)

@@ -10,7 +10,6 @@ import asyncio
 import collections
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -197,12 +196,12 @@ class Core:
             args: its arguments.
             wait: nanoseconds; below zero: for ever.
         """
-        end = time.monotonic_ns() + wait
+        end = lib.fab_time_ns() + wait
         while True:
             self.sweep()
-            left = SLICE_NS if wait < 0 else min(SLICE_NS, end - time.monotonic_ns())
+            left = SLICE_NS if wait < 0 else min(SLICE_NS, end - lib.fab_time_ns())
             handle = function(self.ptr, *args, max(0, left))
-            if handle != lib.FAB_E_FULL or (wait >= 0 and time.monotonic_ns() >= end):
+            if handle != lib.FAB_E_FULL or (wait >= 0 and lib.fab_time_ns() >= end):
                 return handle
 
     # ---- messages ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -91,7 +90,7 @@ def deadline_ns(seconds: float | None) -> int:
         return 0
     if not isinstance(seconds, int | float) or not seconds > 0 or math.isnan(seconds):
         raise InvalidArgument(f"deadline: seconds from now are needed, not {seconds!r}")
-    return 0 if math.isinf(seconds) else time.monotonic_ns() + nanoseconds("deadline", seconds)
+    return 0 if math.isinf(seconds) else lib.fab_time_ns() + nanoseconds("deadline", seconds)
 
 
 SLICE_NS = 100_000_000
@@ -114,8 +113,8 @@ def in_slices(
         return code
     if timeout <= SLICE_NS:
         return call(timeout)
-    end = time.monotonic_ns() + timeout
+    end = lib.fab_time_ns() + timeout
     while True:
-        code = call(max(0, min(SLICE_NS, end - time.monotonic_ns())))
-        if code not in again or time.monotonic_ns() >= end:
+        code = call(max(0, min(SLICE_NS, end - lib.fab_time_ns())))
+        if code not in again or lib.fab_time_ns() >= end:
             return code

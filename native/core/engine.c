@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include "counter.h"
@@ -42,11 +41,6 @@ static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 const char *fab_version(void)
 {
     return FAB_VERSION;
-}
-
-int fab_random(void *out, size_t length)
-{
-    return getrandom(out, length, 0) == (ssize_t)length ? 0 : -errno;
 }
 
 int fab_enter(struct fab_engine *e)
@@ -121,6 +115,14 @@ static void join_all(struct fab_engine *e)
     pthread_mutex_unlock(&all_lock);
 }
 
+bool fab_no_engines(void)
+{
+    pthread_mutex_lock(&all_lock);
+    bool none = !all_engines;
+    pthread_mutex_unlock(&all_lock);
+    return none;
+}
+
 static void leave_all(struct fab_engine *e)
 {
     pthread_mutex_lock(&all_lock);
@@ -143,11 +145,13 @@ static int open_nic(struct fab_engine *e, const struct fab_provider *provider, c
                                       .engine = e,
                                       .index = e->nic_count,
                                       .engine_id = e->id,
-                                      .peer_timeout_ns = e->config.peer_timeout_ns};
+                                      .peer_timeout_ns = e->config.peer_timeout_ns,
+                                      .turn = fab_engine_turn};
     int rc = provider->nic_open(&options, &e->nics[e->nic_count]);
     if (rc)
         return fab_error_why(rc == -EINVAL ? FAB_E_INVALID : FAB_E_UNAVAILABLE, rc,
                              "provider %s, NIC %s", provider->name, name ? name : "(any)");
+    e->step = provider->step;
     e->nic_count++;
     return 0;
 }
@@ -157,9 +161,9 @@ static int open_provider(struct fab_engine *e, const char *name, const fab_engin
 {
     const struct fab_provider *provider = fab_provider_named(name);
     if (!provider)
-        return fab_error(FAB_E_INVALID,
-                         "unknown provider \"%s\"; there are local, tcp, efa, verbs, rxm, auto",
-                         name);
+        return fab_error(
+            FAB_E_INVALID,
+            "unknown provider \"%s\"; there are local, tcp, efa, verbs, rxm, sim, auto", name);
     if (provider->kind == FAB_KIND_LOCAL || !c->nic_count)
         return open_nic(e, provider, NULL);
     int rc = 0;
@@ -371,7 +375,7 @@ static void end_sessions(struct fab_engine *e)
         fab_unlock(e);
         if (over)
             return;
-        usleep(1000);
+        fab_pause(e, NS_PER_MS);
     }
     fab_log(FAB_LOG_WARN,
             "closed while a peer was inside a write, or a lane being connected: its NIC ends it");
@@ -394,7 +398,7 @@ int fab_engine_close(fab_engine *e, int64_t timeout)
         fab_lock(e); /* waiters leave as soon as they see `closed` */
         e->dirty = true;
         fab_unlock(e);
-        usleep(100);
+        fab_pause(e, 100 * NS_PER_US);
     }
     close_nics(e);
     close(e->wake_fd);

@@ -169,6 +169,7 @@ struct fab_transfer {
     int32_t *pages; /* count source pages, then count destination pages */
     uint64_t count; /* ranges */
     int64_t imm, deadline;
+    uint64_t fence; /* their_fence when it was submitted (S9) */
     uint64_t acknowledged;
     uint32_t pieces_left; /* of the one range of a write */
     uint32_t outstanding;
@@ -243,6 +244,9 @@ struct fab_peer {
     char label[FAB_NAME_MAX];
     uint32_t nic_count;
     fab_nic_info *nics; /* its address; NULL: it came to us */
+
+    uint64_t fence; /* another number each time that we bar it; 0: never */
+    _Atomic uint64_t their_fence; /* theirs of us, as the last handshake told it */
 
     _Atomic uint32_t state; /* FAB_P_* */
     _Atomic uint32_t losses; /* sessions that were lost: waits compare */
@@ -406,6 +410,7 @@ struct fab_engine {
     /* worker and waiters */
     pthread_t worker;
     bool worker_runs;
+    int (*step)(int64_t until); /* of a provider with simulated time, which needs no worker */
     int wake_fd;
     _Atomic uint32_t worker_state;
     bool armed;

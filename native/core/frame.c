@@ -67,6 +67,7 @@ void fab_put_hello(struct fab_writer *w, struct fab_hello *h)
     fab_put_u32(w, h->fragments);
     fab_put_u32(w, h->contact);
     fab_put_u64(w, h->peer_timeout);
+    fab_put_u64(w, h->fence);
     fab_put(w, h->nonce, sizeof h->nonce);
     fab_put(w, h->cookie, sizeof h->cookie);
     fab_put(w, h->label, sizeof h->label);
@@ -170,6 +171,7 @@ int fab_read_hello(struct fab_reader *r, struct fab_hello *h)
     h->fragments = fab_get_u32(r);
     h->contact = fab_get_u32(r);
     h->peer_timeout = fab_get_u64(r);
+    h->fence = fab_get_u64(r);
     fab_get(r, h->nonce, sizeof h->nonce);
     fab_get(r, h->cookie, sizeof h->cookie);
     fab_get(r, h->label, sizeof h->label);

@@ -145,7 +145,8 @@ static bool send_hello(struct fab_peer *p, bool welcome)
                           .lane_count = p->lane_count,
                           .fragments = FAB_MESSAGE_FRAMES,
                           .contact = p->contact,
-                          .peer_timeout = (uint64_t)e->config.peer_timeout_ns};
+                          .peer_timeout = (uint64_t)e->config.peer_timeout_ns,
+                          .fence = p->fence};
     memcpy(h.from, e->id, sizeof h.from);
     memcpy(h.to, p->id, sizeof h.to);
     memcpy(h.nonce, p->nonce, sizeof h.nonce);
@@ -361,6 +362,7 @@ static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct
     }
     fab_lanes_weigh(p, speeds);
     p->theirs = h.session;
+    atomic_store(&p->their_fence, h.fence);
     memcpy(p->label, h.label, sizeof p->label);
     p->due_ready = true;
     fab_handshake_up(p);
@@ -476,6 +478,7 @@ static void admit(struct fab_nic *nic, struct fab_origin *origin, const struct f
     begin(p, false);
     memcpy(p->cookie, h->cookie, sizeof p->cookie);
     p->theirs = h->session;
+    atomic_store(&p->their_fence, h->fence);
     p->welcomed = p->had_session = true;
     p->due_welcome = true;
     p->next_hello = e->now + FAB_HELLO_EVERY_NS;

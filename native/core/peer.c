@@ -65,6 +65,8 @@ struct fab_peer *fab_peer_new(struct fab_engine *e, const uint8_t *id, const cha
     peer->engine = e;
     memcpy(peer->id, id, sizeof peer->id);
     fab_text(peer->label, sizeof peer->label, "%s", label);
+    if (fab_barred(e, id)) /* its former entry is gone, and with it the number */
+        fab_random(&peer->fence, sizeof peer->fence);
     atomic_store_explicit(&peer->state, FAB_P_IDLE, memory_order_release);
     return peer;
 }
@@ -123,6 +125,7 @@ bool fab_barred(const struct fab_engine *e, const uint8_t *id)
 
 void fab_bar(struct fab_engine *e, struct fab_peer *peer)
 {
+    fab_random(&peer->fence, sizeof peer->fence);
     if (fab_barred(e, peer->id))
         return;
     memcpy(e->barred[e->barred_next], peer->id, FAB_ENGINE_ID_BYTES);

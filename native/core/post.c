@@ -90,6 +90,10 @@ static int make_ready(struct fab_transfer *t, const char **why)
 {
     if (t->started)
         return 1;
+    if (t->fence != atomic_load_explicit(&t->peer->their_fence, memory_order_relaxed)) {
+        *why = "the receiver fenced this engine off after the transfer was begun; begin it anew";
+        return FAB_E_FAILED;
+    }
     if (t->length && t->import) {
         int rc = fab_grant_ready(t->import->grant, why);
         if (rc <= 0)

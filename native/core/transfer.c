@@ -321,6 +321,7 @@ static int take_ends(struct fab_engine *e, struct fab_transfer *t, int64_t regio
     if (!t->import)
         return FAB_E_INVALID;
     t->peer = t->import->peer;
+    t->fence = atomic_load(&t->peer->their_fence);
     fab_slot_ref(t->peer);
     return 0;
 }
@@ -587,6 +588,8 @@ static int64_t build_imms(struct fab_engine *e, struct group *g)
         struct fab_transfer *t = add_child(e, parent, FAB_K_IMM);
         if (t)
             t->peer = fab_peer_get(e, g->peers[i]);
+        if (t && t->peer)
+            t->fence = atomic_load(&t->peer->their_fence);
         result = t && t->peer ? 0 : fab_error_code();
     }
     if (!result)

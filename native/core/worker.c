@@ -23,13 +23,6 @@
 #define HELPER_ARM_TRIES 8
 #define LATE_TICK_NS (100 * NS_PER_MS)
 
-int64_t fab_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * NS_PER_S + t.tv_nsec;
-}
-
 void fab_close_fd(int fd)
 {
     if (fd >= 0)
@@ -347,6 +340,8 @@ static int pin(pthread_attr_t *attributes, int cpu)
 
 int fab_worker_start(struct fab_engine *e)
 {
+    if (e->step)
+        return 0;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     int rc = pin(&attributes, e->config.cpu);
@@ -424,6 +419,43 @@ int fab_engine_progress(fab_engine *e)
     return n;
 }
 
+int fab_engine_turn(void *engine)
+{
+    struct fab_engine *e = engine;
+    if (atomic_load_explicit(&e->closed, memory_order_acquire) || !fab_trylock(e))
+        return 0;
+    int n = fab_turn(e);
+    fab_unlock(e);
+    return n;
+}
+
+void fab_pause(struct fab_engine *e, int64_t ns)
+{
+    if (e->step) {
+        e->step(fab_now() + ns);
+        return;
+    }
+    struct timespec t = {.tv_sec = ns / NS_PER_S, .tv_nsec = ns % NS_PER_S};
+    nanosleep(&t, NULL);
+}
+
+/* Simulated time passes because somebody waits. */
+static int wait_in_steps(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
+                         int64_t timeout)
+{
+    int64_t until = timeout < 0 ? INT64_MAX : fab_now() + timeout;
+    for (;;) {
+        int rc = ready(e, arg);
+        if (rc)
+            return rc;
+        if (atomic_load_explicit(&e->closed, memory_order_acquire))
+            return fab_error(FAB_E_CLOSED, "the engine was closed");
+        if (fab_now() >= until)
+            return FAB_E_TIMEOUT;
+        e->step(until);
+    }
+}
+
 static int spin(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
                 int64_t until)
 {
@@ -444,6 +476,8 @@ static int spin(struct fab_engine *e, int (*ready)(struct fab_engine *, void *),
 int fab_wait_quietly(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
                      int64_t timeout)
 {
+    if (e->step)
+        return wait_in_steps(e, ready, arg, timeout);
     int64_t until = timeout < 0 ? INT64_MAX : fab_now() + timeout;
     int rc = 0;
     atomic_fetch_add_explicit(&e->sleepers, 1, memory_order_seq_cst);
@@ -480,6 +514,8 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
         rc = ready(e, arg);
         return rc ? rc : FAB_E_TIMEOUT;
     }
+    if (e->step)
+        return wait_in_steps(e, ready, arg, timeout);
     int64_t start = fab_now(), spin_ns = (int64_t)e->config.spin_us * NS_PER_US;
     if (timeout > 0 && timeout < spin_ns)
         spin_ns = timeout;

@@ -44,6 +44,11 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
 int fab_wait_quietly(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
                      int64_t timeout);
 
+/* A turn by whoever moves simulated time; 0 where the engine is closed. */
+int fab_engine_turn(void *engine);
+/* Lets time pass, without the lock. */
+void fab_pause(struct fab_engine *e, int64_t ns);
+
 void fab_close_fd(int fd);
 
 #endif

@@ -236,6 +236,8 @@ typedef struct {
 /* ---- library ---- */
 const char *fab_version(void);
 const char *fab_error_text(void);
+/* The clock of deadlines: CLOCK_MONOTONIC, or a simulated world's. */
+int64_t fab_time_ns(void);
 /* NICs of one provider ("local", "tcp", "efa", "verbs"). Returns how many were written, or a code
  * whose text is the reason that there are none. */
 int fab_list_nics(const char *provider, fab_nic_info *out, uint32_t max);
@@ -337,3 +339,46 @@ int fab_unwatch(fab_engine *e, int64_t watch);
 /* ---- newcomers, where the engine was opened with ask_accept ---- */
 int fab_accept_next(fab_engine *e, fab_newcomer *out, int64_t timeout);
 int fab_accept_reply(fab_engine *e, int64_t token, int admit);
+
+/* ---- the simulated world: NICs of the provider "sim", in one thread of one process ---- */
+#define FAB_SIM_UNORDERED 1 /* as libfabric's tcp: closing a lane is the fence */
+#define FAB_SIM_ORDERED 2   /* as verbs: lanes break and come back one by one */
+#define FAB_SIM_KEYS 3      /* as efa: keys are the fence */
+
+/* States of a NIC. */
+#define FAB_SIM_UP 1
+#define FAB_SIM_DOWN 2 /* the link is down */
+#define FAB_SIM_HUNG 3 /* its process gets no turns */
+#define FAB_SIM_DEAD 4 /* nor does anything reach its memory */
+
+typedef struct {
+    uint64_t seed;
+    int32_t flavour;          /* FAB_SIM_UNORDERED ... */
+    int32_t reserved;
+    int64_t delay_ns;         /* of everything sent, */
+    int64_t jitter_ns;        /* and up to so much more, each at its own */
+    uint32_t slow_lanes;      /* of a million: 20 times as slow */
+    uint32_t lost_writes;     /* of a million: not executed, and reported as failed */
+    uint32_t lost_answers;    /* of a million: executed, and reported as failed */
+    uint32_t lost_contacts;   /* of a million first frames */
+    uint32_t double_contacts; /* the same */
+    uint32_t slow_fences;     /* of a million: closing a lane takes up to 30 ms */
+} fab_sim_config;
+
+/* Opens the world; the process's clock and chance are its own until fab_sim_end(). Both are refused
+ * while an engine is open. */
+int fab_sim_begin(const fab_sim_config *config);
+int fab_sim_end(void);
+/* Changes all but seed and flavour. */
+int fab_sim_set(const fab_sim_config *config);
+int64_t fab_sim_now(void);
+/* Gives all engines their turns until nothing is left to do, and moves time on to what comes next, but
+ * not beyond `until` (below 0: no bound) nor by more than 10 ms. Returns how much was done. */
+int fab_sim_step(int64_t until);
+int fab_sim_nic(const char *name, int state);
+/* Nothing gets from one NIC to the other while `on`. */
+int fab_sim_cut(const char *from, const char *to, int on);
+/* The end of the history, up to `size` bytes. Returns how many. */
+int64_t fab_sim_history(char *out, uint64_t size);
+/* Of the whole history, for comparing two. */
+uint64_t fab_sim_digest(void);

@@ -135,6 +135,7 @@ struct fab_nic_options {
     uint32_t index;
     const uint8_t *engine_id; /* FAB_ENGINE_ID_BYTES */
     int64_t peer_timeout_ns;
+    int (*turn)(void *engine); /* the engine's work, for a provider with step() */
 };
 
 struct fab_provider {
@@ -187,6 +188,10 @@ struct fab_provider {
     void (*disarm)(struct fab_nic *nic);
     /* In a forked child: closes file descriptors, touches nothing shared. */
     void (*after_fork)(struct fab_nic *nic);
+    /* Simulated time: moves it on, to `until` at most, and gives all engines their turns. Called
+     * without the lock, by whoever waits. An engine on such a NIC has no worker. NULL: time passes
+     * by itself. */
+    int (*step)(int64_t until);
 };
 
 extern const struct fab_provider fab_provider_local;
@@ -194,9 +199,15 @@ extern const struct fab_provider fab_provider_tcp;
 extern const struct fab_provider fab_provider_efa;
 extern const struct fab_provider fab_provider_rxm;
 extern const struct fab_provider fab_provider_verbs;
+extern const struct fab_provider fab_provider_sim;
 
 /* By name; NULL: unknown. providers.c holds the table. */
 const struct fab_provider *fab_provider_named(const char *name);
+
+/* core/clock.c: takes over fab_now() and fab_random() of the whole process; NULL: gives them back. */
+void fab_time_is(int64_t (*now)(void), int (*random)(void *out, size_t length));
+/* core/engine.c: no engine is open in this process. */
+bool fab_no_engines(void);
 
 /* core/log.c: a reason in words for the negative errno that the caller is about to return. */
 #if defined(__GNUC__)

@@ -5,7 +5,7 @@
 
 static const struct fab_provider *const providers[] = {
     &fab_provider_local, &fab_provider_tcp,   &fab_provider_efa,
-    &fab_provider_rxm,   &fab_provider_verbs,
+    &fab_provider_rxm,   &fab_provider_verbs, &fab_provider_sim,
 };
 
 enum { PROVIDERS = sizeof(providers) / sizeof(providers[0]) };

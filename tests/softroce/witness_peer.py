@@ -276,6 +276,7 @@ class Peer:
             "fragments": CREDIT,
             "contact": 0,
             "peer_timeout": PEER_TIMEOUT_NS,
+            "fence": 0,
             "nonce": self.witness.rng.randbytes(16),
             "cookie": bytes(16),
             "label": self.label.encode(),

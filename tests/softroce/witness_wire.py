@@ -60,7 +60,7 @@ DATAGRAM = Layout(
 )
 HELLO = Layout(
     "source:16s target:16s session:Q answers:Q kind:I nics:I lane_count:I fragments:I"
-    " contact:I peer_timeout:Q nonce:16s cookie:16s label:64s"
+    " contact:I peer_timeout:Q fence:Q nonce:16s cookie:16s label:64s"
 )
 
 FRAMES: dict[str, tuple[int, Layout, str]] = {
