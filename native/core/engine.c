@@ -491,6 +491,7 @@ int fab_disconnect(fab_engine *e, int64_t peer, int64_t timeout)
         fab_lock(e);
         e->now = fab_now();
         struct leaving leaving = {p, atomic_load(&p->losses)};
+        fab_random(&p->fence, sizeof p->fence);
         fab_bar(e, p);
         fab_session_end(p, FAB_E_UNREACHABLE, "disconnected", true);
         fab_unlock(e);

@@ -245,7 +245,7 @@ struct fab_peer {
     uint32_t nic_count;
     fab_nic_info *nics; /* its address; NULL: it came to us */
 
-    uint64_t fence; /* another number each time that we bar it; 0: never */
+    uint64_t fence; /* another number each time that we disconnect it; 0: never (S9) */
     _Atomic uint64_t their_fence; /* theirs of us, as the last handshake told it */
 
     _Atomic uint32_t state; /* FAB_P_* */

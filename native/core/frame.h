@@ -58,7 +58,8 @@ struct fab_hello {
     uint32_t kind, nic_count, lane_count, fragments;
     uint32_t contact; /* the lane that this frame is sent over */
     uint64_t peer_timeout;
-    uint64_t fence; /* the sender's of the receiver: another number each time that it bars it */
+    uint64_t
+        fence; /* the sender's of the receiver: another number each time that it disconnects it */
     uint8_t nonce[16], cookie[16];
     char label[FAB_NAME_MAX];
     struct {

@@ -125,7 +125,6 @@ bool fab_barred(const struct fab_engine *e, const uint8_t *id)
 
 void fab_bar(struct fab_engine *e, struct fab_peer *peer)
 {
-    fab_random(&peer->fence, sizeof peer->fence);
     if (fab_barred(e, peer->id))
         return;
     memcpy(e->barred[e->barred_next], peer->id, FAB_ENGINE_ID_BYTES);
