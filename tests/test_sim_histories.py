@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 HISTORIES = int(os.environ.get("FABRIC_SIM_HISTORIES", "300"))
 SHRINK = os.environ.get("FABRIC_SIM_SHRINK") != "0"
 TIMEOUT = 0.5  # peer_timeout, in simulated seconds
-SLOT = 1024  # bytes
-SLOTS = 256  # of a region; each takes part in one transfer
+SLOT = 1021  # bytes; odd, so that the cuts of a large write leave remainders
+SLOTS = 320  # of a region; each takes part in one transfer
 PAGES = 8  # slots of a paged write, at most
-BIG = 64  # slots of a large write, which is cut into many work requests
+BIG = 160  # slots of a large write, of which each lane takes a part, in many work requests
 POISON = 0xEE  # what a source holds once its transfer has ended
 BLANK = 0
 SLACK = 0.02  # of a wait: the step in which its time runs out

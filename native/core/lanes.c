@@ -560,14 +560,20 @@ void fab_lanes_on_ready(struct fab_peer *p, struct fab_reader *r)
     (void)read_pair(p, r, &serial);
 }
 
-/* The peer's NIC is back: now is the time to try. */
+/* The peer's NIC is back: now is the time to try. What it was offered while its NIC was down it did not
+ * take. */
 void fab_lanes_on_wanted(struct fab_peer *p, struct fab_reader *r)
 {
     uint32_t serial, i = read_pair(p, r, &serial);
-    if (i == FAB_MAX_LANES || !p->active || p->life[i].state != FAB_L_GONE)
+    if (i == FAB_MAX_LANES || !p->active)
         return;
-    p->life[i].tries = 0;
-    offer(p, i);
+    struct fab_lane_life *life = &p->life[i];
+    if (life->state == FAB_L_GONE) {
+        life->tries = 0;
+        offer(p, i);
+    } else if (life->state == FAB_L_OFFERED) {
+        due(p, &life->due_open);
+    }
 }
 
 void fab_lanes_on_probe(struct fab_peer *p, struct fab_reader *r)

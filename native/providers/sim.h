@@ -43,6 +43,7 @@ enum {
 
 #define SIM_RETRY_NS 20000000
 #define SIM_FENCE_NS 30000000 /* that closing a lane takes at most */
+#define SIM_LATE_NS 2000000000 /* that the copy of a first frame comes after it, at most */
 #define SIM_IDLE_NS 10000000 /* that one step lets pass when nothing is under way */
 #define SIM_HISTORY (4u << 20) /* bytes that are kept */
 
@@ -82,7 +83,7 @@ enum sim_fate { SIM_WELL, SIM_LOST, SIM_UNANSWERED };
 struct sim_event {
     enum sim_kind kind;
     enum sim_fate fate;
-    int64_t at;
+    int64_t at, late; /* late: beyond the usual delay */
     uint64_t serial;
     uint32_t from_nic, to_nic, from_lane, to_lane; /* from_lane 0: it has none (any more) */
     uint32_t tries;

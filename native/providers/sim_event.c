@@ -97,7 +97,7 @@ static void put(struct sim_event *event, int64_t at)
 void sim_event_send(struct sim_event *event, const struct sim_lane *lane)
 {
     struct sim_lane *ordered = (struct sim_lane *)lane;
-    int64_t at = sim_world->now + delay(lane);
+    int64_t at = sim_world->now + event->late + delay(lane);
 
     if (lane && sim_ordered() && event->kind != SIM_HELLO) {
         if (at < ordered->last)
@@ -160,7 +160,8 @@ static int place(const struct sim_event *event)
     const struct fab_wr *wr = &event->wr;
     const struct sim_mr *mr = sim_mr_of(wr->rkey);
 
-    if (!to || to->down)
+    /* Where endpoints are shared, a key is all that a write needs. */
+    if (sim_world->config.flavour != FAB_SIM_KEYS && (!to || to->down))
         return -ECONNRESET;
     if (wr->length == 0 && !wr->rkey)
         return 0;

@@ -348,7 +348,7 @@ static int send_bytes(struct sim_event *event, const struct sim_lane *lane, cons
     return 0;
 }
 
-/* A first frame: lost, doubled, or neither. */
+/* A first frame: lost, doubled (and the copy late), or neither. */
 static int send_hello(struct sim_lane *lane, const uint8_t *bytes, uint32_t length)
 {
     if (sim_happens(sim_world->config.lost_contacts))
@@ -360,6 +360,7 @@ static int send_hello(struct sim_lane *lane, const uint8_t *bytes, uint32_t leng
         if (!event)
             return -EAGAIN;
         event->from_lane = 0; /* nobody follows it */
+        event->late = i ? (int64_t)sim_chance(SIM_LATE_NS) : 0;
         rc = send_bytes(event, lane, bytes, length);
     }
     return rc;

@@ -1,0 +1,275 @@
+"""Contracts of the engine, each in the one order of events in which it would be broken.
+
+What tests/test_sim_histories.py finds by chance only, these make happen. The defects of tests/mutants
+show that they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+import fabric
+from fabric import sim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KINDS = sorted(sim.KINDS)
+SIZE = 1 << 20
+TIMEOUT = 0.5
+PATIENT = 30.0
+
+
+class Pair:
+    """Two engines of a world, and memory from the one to the other."""
+
+    def __init__(self, world: sim.World, nics: int, timeouts: tuple[float, float]) -> None:
+        self.world = world
+        self.a = world.engine("a", nics, peer_timeout=timeouts[0])
+        self.b = world.engine("b", nics, peer_timeout=timeouts[1])
+        self.source, self.target = self.a.alloc(SIZE), self.b.alloc(SIZE)
+        self.remote = descriptor(self.target)
+        self.count = self.b.counter()
+        self.nics = nics
+
+    def meet(self) -> None:
+        """Open the session, and have the region granted."""
+        self.a.write(self.source, self.remote, length=8).wait(timeout=1.0)
+
+    def cut(self, *, on: bool = True) -> None:
+        """Let nothing through in either direction, or mend that."""
+        for one, other in (("a", "b"), ("b", "a")):
+            for i in range(self.nics):
+                self.world.cut(f"{one}.{i}", f"{other}.{i}", on=on)
+
+    def whole(self) -> bool:
+        """Return whether all lanes are up on both sides."""
+        peers = [peer for engine in (self.a, self.b) for peer in engine.stats().peers]
+        return [peer.lanes for peer in peers] == [self.nics] * 2
+
+    def landed(self, value: int) -> int:
+        """Return how many bytes of the target have this value."""
+        return int((self.target.numpy() == value).sum())
+
+    def under_way(self, value: int) -> fabric.Transfer:
+        """Begin to write the whole memory; returns when a part of it has landed."""
+        self.source.numpy()[:] = value
+        transfer = self.a.write(self.source, self.remote, imm=self.count.id)
+        assert self.world.run_until(lambda: self.landed(value) > 0, 1.0)
+        assert self.landed(value) < SIZE, "nothing is under way any more"
+        return transfer
+
+    def stays(self) -> None:
+        """Check that the target stays as it is."""
+        before = self.target.numpy().copy()
+        self.world.run(2.0)
+        assert (self.target.numpy() == before).all(), "a late write"
+
+
+def descriptor(region: fabric.MemoryRegion) -> fabric.Descriptor:
+    """Return a descriptor as a peer gets it."""
+    return fabric.Descriptor.from_bytes(bytes(region.descriptor))
+
+
+@contextlib.contextmanager
+def pair(
+    kind: str,
+    nics: int = 1,
+    *,
+    seed: int = 1,
+    timeouts: tuple[float, float] = (TIMEOUT, TIMEOUT),
+    **options: float,
+) -> Iterator[Pair]:
+    """Open a world with two engines in it."""
+    with sim.World(seed, kind=kind, **options) as world:
+        yield Pair(world, nics, timeouts)
+
+
+# ---- fences ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slow", [0.0, 1.0])
+def test_a_fence_cuts_off_what_is_under_way(kind: str, slow: float) -> None:
+    with pair(kind, 2, jitter=0.05, slow_fences=slow) as p:
+        p.meet()
+        transfer = p.under_way(7)
+        p.b.disconnect(p.a.address, timeout=1.0)
+        p.stays()
+        assert p.landed(7) < SIZE
+        with pytest.raises(fabric.TransferFailed):  # the fence, or a key that is not valid any more
+            transfer.wait(timeout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deregistering_ends_what_is_under_way(kind: str) -> None:
+    with pair(kind, 2, jitter=0.05) as p:
+        p.meet()
+        p.under_way(7)
+        p.b.deregister(p.target, timeout=1.0)
+        p.stays()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_told_that_a_peer_is_gone_has_fenced_it(kind: str) -> None:
+    with pair(kind, slow_fences=1.0, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        back = p.b.write(p.target, descriptor(p.source))  # no grant comes: it is never posted
+        p.cut()
+        with pytest.raises(fabric.FencePending):
+            p.b.disconnect(p.a.address, timeout=0)
+        with pytest.raises(fabric.WaitTimeout):
+            back.wait(timeout=0)
+        p.b.disconnect(p.a.address, timeout=1.0)
+        with pytest.raises(fabric.PeerUnreachable):
+            back.wait(timeout=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_peer_that_was_called_gone_stays_out(kind: str) -> None:
+    """It did not notice, and goes on writing; until this side uses its address again."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        p.meet()
+        p.cut()
+        back = p.b.write(p.target, descriptor(p.source))
+        with pytest.raises(fabric.PeerUnreachable):
+            back.wait(timeout=2.0)
+        p.cut(on=False)
+        p.source.numpy()[:] = 7
+        for _ in range(3):
+            with pytest.raises(fabric.FabricError):
+                p.a.write(p.source, p.remote, imm=p.count.id).wait(timeout=2.0)
+        assert p.landed(7) == 0
+        assert p.count.value == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_late_first_frame_disturbs_nobody(kind: str, seed: int) -> None:
+    """A copy comes when its session is over: nothing is opened, and the present one goes on."""
+    with pair(kind, seed=seed, double_contacts=1.0) as p:
+        for _ in range(3):
+            p.meet()
+            p.b.disconnect(p.a.address, timeout=1.0)
+            p.b.write_imm(p.a.address, 1).wait(timeout=1.0)
+        for number in range(1, 300):
+            p.a.write(p.source, p.remote, length=8, imm=p.count.id).wait(timeout=1.0)
+            p.count.wait(number, timeout=1.0)
+            p.world.run(0.01)
+        assert sum(engine.stats().peers_lost for engine in (p.a, p.b)) == 6
+
+
+# ---- counting ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_counted_is_there(kind: str) -> None:
+    with pair(kind, 2, jitter=0.01) as p:
+        for number in range(1, 30):
+            p.source.numpy()[:] = number
+            p.a.write(p.source, p.remote, imm=p.count.id)
+            p.count.wait(number, timeout=1.0)
+            assert p.landed(number) == SIZE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_came_before_the_end_counts(kind: str) -> None:
+    """Its NIC took the writes of a peer that is gone while this process stood still."""
+    count = 500
+    with pair(kind) as p:
+        p.meet()
+        p.world.hang("b")
+        for transfer in [p.a.write_imm(p.b.address, p.count.id) for _ in range(count)]:
+            transfer.wait(timeout=1.0)
+        p.world.kill("a")
+        p.world.run(3 * TIMEOUT)
+        p.world.resume("b")
+        with pytest.raises(fabric.PeerUnreachable):
+            p.count.wait(count + 1, timeout=5.0, peers=[p.a.address])
+        assert p.count.value == count
+
+
+@pytest.mark.parametrize("step", range(0, 60, 3))
+def test_a_lane_that_takes_over_counts_once(step: int) -> None:
+    pages = list(range(1000))
+    with pair("ordered", 2) as p:
+        p.meet()
+        transfer = p.a.write_pages(p.source, p.remote, pages, pages, page_bytes=256, imm=p.count.id)
+        for _ in range(step):
+            p.world.step()
+        p.world.link("b.1", up=False)
+        done = True
+        try:
+            transfer.wait(timeout=5.0)
+        except fabric.TransferFailed:
+            done = False
+        p.world.run(0.5)
+        assert p.count.value <= len(pages)
+        assert not done or p.count.value == len(pages)
+
+
+# ---- transfers that fail ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_receiver_hears_of_a_cancellation(kind: str) -> None:
+    pages = list(range(1000))
+    with pair(kind, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        transfer = p.a.write_pages(p.source, p.remote, pages, pages, page_bytes=256, imm=p.count.id)
+        assert p.world.run_until(lambda: p.count.value > 0, 1.0)
+        transfer.cancel()
+        with pytest.raises(fabric.TransferCancelled):
+            transfer.wait(timeout=1.0)
+        with pytest.raises(fabric.CounterVoid):
+            p.count.wait(len(pages), timeout=1.0)
+        p.stays()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deadline_ends_a_transfer(kind: str) -> None:
+    """Also where it waits for a grant that does not come."""
+    with pair(kind, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        p.cut()
+        begin = p.world.now
+        transfer = p.b.write(p.target, descriptor(p.source), deadline=0.1)
+        with pytest.raises(fabric.TransferFailed, match="deadline"):
+            transfer.wait(timeout=5.0)
+        assert 0.1 <= p.world.now - begin < 0.2
+
+
+# ---- messages ----
+
+
+def test_messages_outlive_the_lanes_that_carry_them(seed: int) -> None:
+    """Lanes break again and again; every message comes, once, and in order."""
+    with pair("ordered", 2, seed=seed, jitter=0.002, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        sent: list[fabric.Transfer] = []
+        come: list[int] = []
+
+        def receive() -> None:
+            with contextlib.suppress(fabric.WaitTimeout):
+                while True:
+                    come.append(int.from_bytes(p.b.recv(timeout=0)[1][:8], "little"))
+
+        for number in range(200):
+            size = 8 + number % 7 * 1000
+            sent.append(p.a.send(p.b.address, number.to_bytes(8, "little") + bytes(size)))
+            if number % 20 == 10:
+                p.world.link(f"b.{number // 20 % 2}", up=False)
+            if number % 20 == 19:
+                p.world.run(0.3)
+                for i in range(2):
+                    p.world.link(f"b.{i}", up=True)
+                assert p.world.run_until(p.whole, 30.0)
+            p.world.run(0.001)
+            receive()
+        p.world.run(2.0)
+        receive()
+        for transfer in sent:
+            transfer.wait(timeout=0)
+        assert come == list(range(200))
