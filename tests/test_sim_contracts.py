@@ -1,7 +1,7 @@
 """Contracts of the engine, each in the one order of events in which it would be broken.
 
-What tests/test_sim_histories.py finds by chance only, these make happen. The defects of tests/mutants
-show that they do.
+What tests/test_sim_histories.py finds by chance only, these make happen. The defects of
+tests/mutants show that they do.
 """
 
 from __future__ import annotations
@@ -191,23 +191,47 @@ def test_what_came_before_the_end_counts(kind: str) -> None:
         assert p.count.value == count
 
 
+def goodbye(seed: int, kind: str, first: int) -> int:
+    """Let a peer count on one NIC, and say goodbye on the other; returns whether that came."""
+    count = 300
+    with pair(kind, 2, seed=seed, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        p.world.hang("b")
+        for number in range(2 * count):
+            if number % 2 == first:
+                p.a.write_imm(p.b.address, p.count.id).wait(timeout=1.0)
+            else:
+                p.a.write(p.source, p.remote, length=8).wait(timeout=1.0)
+        p.a.close()
+        p.world.resume("b")
+        p.world.run(1.0)
+        assert p.count.value == count
+        return p.b.stats().peers_lost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_another_lane_took_counts_after_a_goodbye(kind: str, first: int) -> None:
+    """It is read first: the immediates wait in the other NIC's queue, for many turns."""
+    assert sum(goodbye(seed, kind, first) for seed in range(6)) > 0, "no goodbye came"
+
+
 @pytest.mark.parametrize("step", range(0, 60, 3))
 def test_a_lane_that_takes_over_counts_once(step: int) -> None:
+    """The sender finds all answers there when its NIC goes down: nothing was under way."""
     pages = list(range(1000))
-    with pair("ordered", 2) as p:
+    with pair("ordered", 2, timeouts=(PATIENT, PATIENT)) as p:
         p.meet()
         transfer = p.a.write_pages(p.source, p.remote, pages, pages, page_bytes=256, imm=p.count.id)
         for _ in range(step):
             p.world.step()
-        p.world.link("b.1", up=False)
-        done = True
-        try:
-            transfer.wait(timeout=5.0)
-        except fabric.TransferFailed:
-            done = False
+        p.world.hang("a")
+        p.world.run(0.1)
+        p.world.resume("a")
+        p.world.link("a.1", up=False)
+        transfer.wait(timeout=5.0)
         p.world.run(0.5)
-        assert p.count.value <= len(pages)
-        assert not done or p.count.value == len(pages)
+        assert p.count.value == len(pages)
 
 
 # ---- transfers that fail ----
@@ -226,6 +250,61 @@ def test_the_receiver_hears_of_a_cancellation(kind: str) -> None:
         with pytest.raises(fabric.CounterVoid):
             p.count.wait(len(pages), timeout=1.0)
         p.stays()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_cancellations_are_heard_of(kind: str) -> None:
+    """Also of those that fail while the receiver is told of one before."""
+    with pair(kind, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        counts = [p.b.counter() for _ in range(20)]
+        pages = list(range(1000))
+        transfers = [
+            p.a.write_pages(p.source, p.remote, pages, pages, page_bytes=8, imm=count.id)
+            for count in counts
+        ]
+        for transfer in transfers:
+            transfer.cancel()
+            p.a.progress()
+        for transfer, count in zip(transfers, counts, strict=True):
+            with pytest.raises(fabric.TransferCancelled):
+                transfer.wait(timeout=1.0)
+            with pytest.raises(fabric.CounterVoid):
+                count.wait(len(pages), timeout=1.0)
+
+
+def void(seed: int) -> bool:
+    """Let a lane break under a write; returns whether its id was void."""
+    with pair("ordered", 4, seed=seed, jitter=0.05, slow_fences=1.0) as p:
+        p.meet()
+        p.world.set(lost_answers=0.2)
+        p.source.numpy()[:] = 7
+        p.a.write(p.source, p.remote, imm=p.count.id)
+        try:
+            p.count.wait(1, timeout=2.0, peers=[p.a.address])
+        except (fabric.CounterVoid, fabric.PeerUnreachable) as told:
+            p.stays()
+            return isinstance(told, fabric.CounterVoid)
+        assert p.landed(7) == SIZE
+        return False
+
+
+def test_no_id_is_void_while_a_write_may_land() -> None:
+    """The lane that broke is closed slowly, and what had left the NIC comes late."""
+    assert sum(void(seed) for seed in range(100)) > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_silence_is_noticed(kind: str) -> None:
+    """Its NIC takes all that is sent, and answers nothing."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        p.meet()
+        p.b.write_imm(p.a.address, 1).wait(timeout=1.0)
+        p.world.hang("a")
+        begin = p.world.now
+        with pytest.raises(fabric.PeerUnreachable, match="silent"):
+            p.count.wait(1, timeout=5.0, peers=[p.a.address])
+        assert TIMEOUT <= p.world.now - begin < 2 * TIMEOUT
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -110,7 +110,8 @@ static bool takes(uint32_t id)
 
 bool sim_reaches(uint32_t from, uint32_t to)
 {
-    if (!takes(from) || !takes(to))
+    /* What was under way when its NIC was closed is on the wire. */
+    if ((sim_nic_of(from) && !takes(from)) || !takes(to))
         return false;
     return !(sim_world->cut[from - 1][(to - 1) / 64] >> ((to - 1) % 64) & 1);
 }

@@ -9,7 +9,8 @@
  *   time moves in fab_sim_step() only, and the same seed with the same calls gives the same history.
  *   Everything runs in one thread. Engines on "sim" NICs have no worker thread.
  * - A work request travels alone. Its source is read, and its bytes are placed, at the moment when it
- *   arrives; the answer travels back. A lane that keeps order delivers in the order of posting.
+ *   arrives; the answer travels back. A lane that keeps order delivers in the order of posting, and
+ *   nothing behind what was lost.
  * - When a lane breaks or is closed, what it had under way is reported as cancelled at once. Some of
  *   that has left the NIC, with its bytes: it still lands, later, as long as the other half is open.
  * - Fences are lane_close() of the half that is written to (it may take some time: -EINPROGRESS), or,
@@ -61,6 +62,7 @@ struct sim_lane {
     uint32_t peer_nic, peer_lane; /* peer_lane 0: pointed at a NIC */
     bool pointed, down, closing, calm;
     bool told; /* that it is down */
+    bool gap;  /* a write to it was lost */
     int64_t closes_at;
     uint32_t slow; /* factor of its delays */
     int64_t last; /* when the last one arrives, where order is kept */

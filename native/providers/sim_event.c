@@ -175,18 +175,30 @@ static int place(const struct sim_event *event)
     return 0;
 }
 
+/* A lane that keeps order takes nothing behind what it did not take. */
+static int place_in_order(const struct sim_event *event, int status)
+{
+    struct sim_lane *to = sim_ordered() ? sim_lane_of(event->to_lane) : NULL;
+
+    if (to && to->gap)
+        return -ETIMEDOUT;
+    if (!status)
+        status = place(event);
+    if (to && status)
+        to->gap = true;
+    return status;
+}
+
 static void write_arrives(const struct sim_event *event)
 {
     struct sim_lane *from = sim_lane_of(event->from_lane);
-    int status = -ETIMEDOUT;
-    int64_t after = SIM_RETRY_NS;
+    bool reaches = sim_reaches(event->from_nic, event->to_nic);
+    int64_t after = reaches ? 0 : SIM_RETRY_NS;
+    int status = !reaches ? -ETIMEDOUT : event->fate == SIM_LOST ? -EIO : 0;
 
     if (from)
         forget_write(from, event);
-    if (sim_reaches(event->from_nic, event->to_nic)) {
-        status = event->fate == SIM_LOST ? -EIO : place(event);
-        after = 0;
-    }
+    status = place_in_order(event, status);
     sim_note("write %u->%u wr %llx %llu bytes imm %x: %s", event->from_lane, event->to_lane,
              (unsigned long long)event->wr.wr_id, (unsigned long long)event->wr.length,
              event->wr.flags & FAB_WR_IMM ? event->wr.imm : 0,

@@ -317,7 +317,8 @@ static int sim_lane_close(struct fab_lane *base)
     }
     if (sim_world->now < lane->closes_at)
         return -EINPROGRESS;
-    take_items(nic, lane->id);
+    if (sim_ordered())
+        take_items(nic, lane->id);
     if (!base->nic->fences) {
         if (lane->writes_out)
             return -EINPROGRESS;
