@@ -150,16 +150,19 @@ static int register_with_nics(struct fab_engine *e, struct fab_region *r)
     return 0;
 }
 
-/* A region slot, filled but not registered. NULL with the error set. */
+/* A region slot, filled but not registered. NULL with the error set. Without the lock. */
 static struct fab_region *new_region(struct fab_engine *e, uint8_t *base, uint64_t length)
 {
+    fab_lock(e); /* the end of a session looks at the holders of all slots, also of free ones */
     struct fab_region *r = fab_slot_alloc(&e->regions);
+    if (r)
+        memset((char *)r + sizeof r->slot, 0, sizeof *r - sizeof r->slot);
+    fab_unlock(e);
     if (!r) {
         fab_error(FAB_E_FULL, "%d regions are registered, the limit; deregister some",
                   FAB_MAX_REGIONS);
         return NULL;
     }
-    memset((char *)r + sizeof r->slot, 0, sizeof *r - sizeof r->slot);
     r->base = base;
     r->length = length;
     r->memfd = -1;
