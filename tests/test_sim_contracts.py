@@ -164,6 +164,70 @@ def test_a_late_first_frame_disturbs_nobody(kind: str, seed: int) -> None:
         assert sum(engine.stats().peers_lost for engine in (p.a, p.b)) == 6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slow", [0.0, 1.0])
+def test_a_fence_of_one_peer_is_nothing_to_the_others(kind: str, slow: float) -> None:
+    with pair(kind, 2, jitter=0.005, slow_fences=slow) as p:
+        p.meet()
+        c = p.world.engine("c", 2, peer_timeout=TIMEOUT)
+        source, target, count = c.alloc(SIZE), p.b.alloc(SIZE), p.b.counter()
+        source.numpy()[:] = 9
+        writes = [c.write(source, descriptor(target), imm=count.id) for _ in range(50)]
+        p.under_way(7)
+        p.b.disconnect(p.a.address, timeout=1.0)
+        writes += [c.write(source, descriptor(target), imm=count.id) for _ in range(50)]
+        for transfer in writes:
+            transfer.wait(timeout=5.0)
+        count.wait(len(writes), timeout=1.0)
+        assert (target.numpy() == 9).all()
+        assert c.stats().peers_lost == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_descriptor_of_one_peer_is_fenced_alone(kind: str) -> None:
+    """What it was given ends; what it and others hold besides goes on."""
+    with pair(kind, 2, jitter=0.05) as p:
+        c = p.world.engine("c", peer_timeout=TIMEOUT)
+        other, number = c.alloc(8), p.b.counter()
+        p.meet()
+        shown = p.target.descriptor_for(p.a.address)
+        p.remote = fabric.Descriptor.from_bytes(bytes(shown))
+        transfer = p.under_way(7)
+        p.b.deregister(shown, timeout=1.0)
+        p.stays()
+        with contextlib.suppress(fabric.TransferFailed):
+            transfer.wait(timeout=1.0)
+        with pytest.raises(fabric.TransferFailed, match="region"):
+            p.a.write(p.source, p.remote).wait(timeout=1.0)
+        for engine, source in ((p.a, p.source), (c, other)):
+            engine.write(source, descriptor(p.target), length=8, imm=number.id).wait(timeout=1.0)
+        number.wait(2, timeout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_connect_at_once(kind: str) -> None:
+    """Also when first frames are lost, doubled and late: one session, and nothing is lost."""
+    for seed in range(50):
+        faults = {"lost_contacts": 0.3, "double_contacts": 0.5, "jitter": 0.02}
+        with pair(kind, 2, seed=seed, timeouts=(5.0, 5.0), **faults) as p:
+            back = p.a.counter()
+            transfers = [
+                p.a.write(p.source, p.remote, imm=p.count.id),
+                p.b.write(p.target, descriptor(p.source), imm=back.id),
+                p.a.send(p.b.address, b"from a"),
+                p.b.send(p.a.address, b"from b"),
+            ]
+            for transfer in transfers:
+                transfer.wait(timeout=5.0)
+            p.count.wait(1, timeout=1.0)
+            back.wait(1, timeout=1.0)
+            assert bytes(p.a.recv(timeout=1.0)[1]) == b"from b"
+            assert bytes(p.b.recv(timeout=1.0)[1]) == b"from a"
+            p.world.run(3.0)
+            assert [e.stats().peers_lost for e in (p.a, p.b)] == [0, 0]
+            assert [e.stats().peers_up for e in (p.a, p.b)] == [1, 1]
+
+
 # ---- counting ----
 
 

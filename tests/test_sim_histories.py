@@ -70,6 +70,7 @@ class Machine:
     taken: int = 0  # slots of `target`
     used: int = 0  # slots of `source`
     heard: dict[bytes, list[int]] = field(default_factory=dict)  # messages, by their sender
+    private: list[fabric.Descriptor] = field(default_factory=list)  # of `target`, not taken back
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Move:
     slots: range  # of the target
     sources: range
     until: float  # it has ended by then
+    private: fabric.Descriptor | None = None  # made for its sender alone
     end: str = ""
     frozen: bytes | None = None  # what the target holds from now on
 
@@ -188,9 +190,17 @@ class Histories(RuleBasedStateMachine):
         size=st.sampled_from([0, 1, 3, PAGES, BIG]),
         pages=st.booleans(),
         deadline=st.sampled_from([None, None, 0.001, 0.1]),
+        private=st.booleans(),
     )
     def write(
-        self, a: int, b: int, fresh: bool, size: int, pages: bool, deadline: float | None
+        self,
+        a: int,
+        b: int,
+        fresh: bool,
+        size: int,
+        pages: bool,
+        deadline: float | None,
+        private: bool,
     ) -> None:
         sender = self.pick(a)
         receiver = self.machines[b]
@@ -205,14 +215,22 @@ class Histories(RuleBasedStateMachine):
         sender.used += size
         value = 1 + len(self.moves) % 200
         view(sender.source, sources)[:] = value
-        descriptor = fabric.Descriptor.from_bytes(bytes(receiver.target.descriptor))
+        alone = private and receiver.state == "up"
+        shown = self.private(receiver, sender) if alone else None
+        descriptor = fabric.Descriptor.from_bytes(bytes(shown or receiver.target.descriptor))
         transfer, ranges = self.submit(sender, descriptor, slots, sources, count, pages, deadline)
         count.ranges += ranges
         until = self.world.now + min(deadline or 60.0, 4 * TIMEOUT) + 2 * TIMEOUT + SLACK
         target = receiver.target
-        move = Move(transfer, sender, receiver, count, value, target, slots, sources, until)
+        move = Move(transfer, sender, receiver, count, value, target, slots, sources, until, shown)
         self.moves.append(move)
         count.moves.append(move)
+
+    def private(self, owner: Machine, peer: Machine) -> fabric.Descriptor:
+        """Return a descriptor of an engine's memory for one peer, which this takes back alone."""
+        result = owner.target.descriptor_for(peer.engine.address)
+        owner.private.append(result)
+        return result
 
     def submit(
         self,
@@ -245,7 +263,9 @@ class Histories(RuleBasedStateMachine):
         """Return a counter of an engine, where it can be asked for one a fresh one."""
         mine = [count for count in self.counts if count.owner is owner]
         if (fresh or not mine) and owner.state == "up":
-            mine.append(Count(owner, owner.engine.counter()))
+            # Every other id is the user's own; each is used once.
+            number = len(self.counts) if len(self.counts) % 2 else None
+            mine.append(Count(owner, owner.engine.counter(number)))
             self.counts.append(mine[-1])
         return mine[-1] if mine else None
 
@@ -284,11 +304,31 @@ class Histories(RuleBasedStateMachine):
         """Memory that was taken back is not written to any more."""
         machine = self.pick(a)
         old = machine.target
+        for shown in list(machine.private):
+            if not self.take_back(machine, shown, timeout):
+                return
         told = self.timed(timeout, lambda: machine.engine.deregister(old, timeout=timeout))
         assert told in ("", "WaitTimeout", "FencePending"), told
         if told == "":
             machine.target, machine.taken = machine.engine.alloc(SLOTS * SLOT), 0
             self.freeze([move for move in self.moves if move.target is old])
+
+    def take_back(self, machine: Machine, shown: fabric.Descriptor, timeout: float) -> bool:
+        """Take a descriptor back that was made for one peer; returns whether that went well."""
+        told = self.timed(timeout, lambda: machine.engine.deregister(shown, timeout=timeout))
+        assert told in ("", "WaitTimeout", "FencePending"), told
+        if told == "":
+            machine.private.remove(shown)
+            self.freeze([move for move in self.moves if move.private is shown])
+        return told == ""
+
+    @rule(a=st.integers(0, 2), number=st.integers(0, 9), timeout=st.sampled_from([0.0, 0.01, 1.0]))
+    def fence_a_descriptor(self, a: int, number: int, timeout: float) -> None:
+        """Only what one peer was given ends, and that all of it."""
+        machine = self.pick(a)
+        if machine.private:
+            shown = machine.private[number % len(machine.private)]
+            self.take_back(machine, shown, timeout)
 
     @rule(steps=st.integers(1, 30))
     def step(self, steps: int) -> None:
