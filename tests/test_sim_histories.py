@@ -229,7 +229,8 @@ class Histories(RuleBasedStateMachine):
     def private(self, owner: Machine, peer: Machine) -> fabric.Descriptor:
         """Return a descriptor of an engine's memory for one peer, which this takes back alone."""
         result = owner.target.descriptor_for(peer.engine.address)
-        owner.private.append(result)
+        if result not in owner.private:
+            owner.private.append(result)
         return result
 
     def submit(
@@ -319,7 +320,7 @@ class Histories(RuleBasedStateMachine):
         assert told in ("", "WaitTimeout", "FencePending"), told
         if told == "":
             machine.private.remove(shown)
-            self.freeze([move for move in self.moves if move.private is shown])
+            self.freeze([move for move in self.moves if move.private == shown])
         return told == ""
 
     @rule(a=st.integers(0, 2), number=st.integers(0, 9), timeout=st.sampled_from([0.0, 0.01, 1.0]))
