@@ -16,7 +16,7 @@ TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[ch])
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test test-softroce test-efa test-sim soak mutants sanitize ctest lint format wheel clean distclean
+.PHONY: help setup demo test test-softroce test-efa test-sim soak mutants sanitize fuzz ctest lint format wheel clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ ctest: setup ## C tests; PRESET=dev, asan or tsan
 sanitize: setup ## Python tests under ASan and UBSan, closing under valgrind (ARGS="tests/...")
 	@$(TOOLS) scripts/valgrind
 	@$(TOOLS) .venv/bin/python -m tests.sanitize $(ARGS)
+
+fuzz: setup ## libFuzzer on what peers and strangers may send (FUZZ_SECONDS=60)
+	@$(TOOLS) scripts/fuzz $(or $(FUZZ_SECONDS),60)
 
 lint: setup ## ruff, mypy, clang-format
 	@$(TOOLS) scripts/lint

@@ -268,11 +268,13 @@ static void close_nics(struct fab_engine *e)
 
 static void fini_tables(struct fab_engine *e)
 {
+    uint32_t touched = atomic_load(&e->peers.touched);
+    for (uint32_t i = 0; i < touched; i++)
+        fab_session_abandon(fab_slot_at(&e->peers, i));
     fab_messages_fini(e);
     fab_remotes_fini(e);
     fab_regions_fini(e);
     fab_queues_fini(e);
-    uint32_t touched = atomic_load(&e->peers.touched);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_peer *p = fab_slot_at(&e->peers, i);
         free(p->nics);

@@ -369,5 +369,13 @@ void fab_remotes_fini(struct fab_engine *e)
         struct fab_import *i = fab_slot_at(&e->imports, k);
         if (fab_slot_kill(i))
             fab_import_put_locked(e, i);
+        free(i->keys); /* a transfer that never ended holds it still, and its grant */
+        i->keys = NULL;
+    }
+    touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
+    for (uint32_t k = 0; k < touched; k++) {
+        struct fab_peer *p = fab_slot_at(&e->peers, k);
+        while (p->grants)
+            free_grant(p->grants);
     }
 }

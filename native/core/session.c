@@ -163,6 +163,15 @@ static void ended(struct fab_peer *p)
     fab_log(FAB_LOG_INFO, "peer %s: session over: %s", p->label, p->text);
 }
 
+void fab_session_abandon(struct fab_peer *p)
+{
+    if (atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_FENCING)
+        return;
+    memset(p->lanes, 0, sizeof p->lanes);
+    forget_session(p);
+    atomic_store_explicit(&p->state, FAB_P_DEAD, memory_order_release);
+}
+
 /* Takes keys back and closes what can be closed. True: all of it. */
 static bool close_lanes(struct fab_peer *p)
 {

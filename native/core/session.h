@@ -17,6 +17,8 @@ void fab_session_doom(struct fab_peer *peer, int code, const char *text);
 void fab_session_carry_out_doom(struct fab_peer *peer);
 /* Ends it now: transfers drain, lanes are closed. */
 void fab_session_end(struct fab_peer *peer, int code, const char *text, bool goodbye);
+/* When the engine is freed: the lanes that could not be closed went with their NICs. */
+void fab_session_abandon(struct fab_peer *peer);
 /* Control frames that are due, retransmission, the end of doomed sessions. Returns how many
  * things happened. */
 int fab_session_serve(struct fab_peer *peer);

@@ -96,9 +96,11 @@ struct sim_event {
 };
 
 /* What poll() finds. */
+enum sim_news { SIM_GOT_IMM, SIM_GOT_ANSWER, SIM_GOT_FRAME, SIM_GOT_HELLO, SIM_LOST_FRAME };
+
 struct sim_item {
     struct sim_item *next;
-    enum { SIM_GOT_IMM, SIM_GOT_ANSWER, SIM_GOT_FRAME, SIM_GOT_HELLO, SIM_LOST_FRAME } what;
+    enum sim_news what;
     uint32_t lane;
     uint32_t imm;
     uint64_t wr_id;
@@ -159,6 +161,8 @@ struct sim_event *sim_event_next(void); /* the first; NULL: none */
 void sim_events_run(void);              /* all that are due */
 /* The lane has left them: takes the bytes along, or makes them never arrive. */
 void sim_events_orphan(struct sim_lane *lane);
+/* The same, where nobody is there any more who could be told. */
+void sim_events_forget(const struct sim_lane *lane);
 void sim_item_give(struct sim_nic *nic, struct sim_item *item);
 
 #endif

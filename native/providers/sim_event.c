@@ -119,7 +119,7 @@ void sim_item_give(struct sim_nic *nic, struct sim_item *item)
 
 /* ---- arrivals ---- */
 
-static struct sim_item *item_new(int what, uint32_t lane, uint32_t length)
+static struct sim_item *item_new(enum sim_news what, uint32_t lane, uint32_t length)
 {
     struct sim_item *item = calloc(1, sizeof *item + length);
 
@@ -305,5 +305,17 @@ void sim_events_orphan(struct sim_lane *lane)
         if (sim_chance(2))
             frames[i]->tries = SIM_TRIES, frames[i]->to_nic = 0;
         sink->frame_lost(&lane->base, frames[i]->bytes, frames[i]->length);
+    }
+}
+
+void sim_events_forget(const struct sim_lane *lane)
+{
+    for (uint32_t i = 0; i < sim_world->heap_count; i++) {
+        struct sim_event *event = sim_world->heap[i];
+        if (event->from_lane != lane->id)
+            continue;
+        event->from_lane = 0;
+        if (event->kind == SIM_WRITE) /* its source may be gone */
+            event->fate = SIM_LOST;
     }
 }

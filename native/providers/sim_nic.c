@@ -138,6 +138,14 @@ static void sim_nic_close(struct fab_nic *base)
 {
     struct sim_nic *nic = nic_of(base);
 
+    for (uint32_t i = 0; i < sim_world->lane_count; i++) { /* those that could not be closed */
+        struct sim_lane *lane = sim_world->lanes[i];
+        if (!lane || lane->nic != nic)
+            continue;
+        sim_events_forget(lane);
+        sim_world->lanes[i] = NULL;
+        free(lane);
+    }
     drop_items(nic, 0);
     sim_world->nics[nic->id - 1] = NULL;
     sim_note("NIC %u is closed", nic->id);
