@@ -1,4 +1,7 @@
-"""Options and fixtures: `--providers` says which providers to test, `--seed` repeats a run."""
+"""Options and fixtures: `--providers` says which providers to test, `--seed` repeats a run.
+
+``FABRIC_EXAMPLES`` is how many examples Hypothesis tries in each test that does not say it itself.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import random
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.harness import Farm, Node, close_fork_servers, nothing_left_in_shm
@@ -53,6 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed, once for all workers of a parallel run."""
     config.addinivalue_line("markers", "only(*names): the test is about these providers")
     config.addinivalue_line("markers", "fences: the test needs writes that can be fenced")
+    if examples := os.environ.get("FABRIC_EXAMPLES"):
+        hypothesis.settings.register_profile("more", max_examples=int(examples), deadline=None)
+        hypothesis.settings.load_profile("more")
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(1 << 31)
 

@@ -328,3 +328,19 @@ def test_answers_survive_the_wire(name: bytes, kind: str, field: str, reason: st
     assert isinstance(got, Ended)
     assert (got.id, got.kind) == (name, kind)
     assert reason.encode(errors="replace").startswith(got.reason.encode())
+
+
+@given(data=st.data())
+def test_a_request_that_was_tampered_with(request_: Request, data: st.DataObject) -> None:
+    """It is refused in words, or it is another request that is whole."""
+    raw = bytearray(request_.to_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    try:
+        message = decode(bytes(raw))
+    except WireError as error:
+        assert str(error)
+        return
+    assert isinstance(message, Request)
+    assert decode(message.to_bytes()) == message
