@@ -339,8 +339,7 @@ def test_a_request_that_was_tampered_with(request_: Request, data: st.DataObject
         raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     try:
         message = decode(bytes(raw))
-    except WireError as error:
-        assert str(error)
+    except WireError:
         return
     assert isinstance(message, Request)
     assert decode(message.to_bytes()) == message
