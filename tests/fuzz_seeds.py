@@ -14,7 +14,8 @@ from pathlib import Path
 KINDS = range(3)  # of the simulated world
 FRAME, RAW, WRITE, WRITE_OUT, SEND, RECEIVE, CANCEL, DEREGISTER, TIME = range(9)
 BLOB = 64
-BODIES = {  # type: bytes of a body, as native/core/session.c has them; see ARCHITECTURE.md
+# The frame's number, and a body of the length that native/core/session.c expects.
+BODIES: dict[str, tuple[int, bytes]] = {
     "READY": (4, b""),
     "BYE": (6, struct.pack("<IH", 5, 4) + b"text"),
     "PING": (7, bytes(8)),
