@@ -42,7 +42,7 @@ from ._messages import Messages  # noqa: E402
 from ._native import lib  # noqa: E402
 from ._nics import Nic  # noqa: E402
 from ._peer import Address, Peer  # noqa: E402
-from ._stats import EngineStats, PeerStats  # noqa: E402
+from ._stats import EngineStats, Histogram, LaneStats, NicStats, PeerStats  # noqa: E402
 from ._transfer import Transfer  # noqa: E402
 
 __version__ = text_of(lib.fab_version())
@@ -57,11 +57,14 @@ __all__ = [
     "FabricError",
     "FencePending",
     "FenceUnsupported",
+    "Histogram",
     "ImmCounter",
     "InvalidArgument",
+    "LaneStats",
     "MemoryRegion",
     "Messages",
     "Nic",
+    "NicStats",
     "Peer",
     "PeerStats",
     "PeerUnreachable",

@@ -6,10 +6,12 @@ import asyncio
 import atexit
 import logging
 import math
+import os
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 from ._core import Core
@@ -26,6 +28,7 @@ from ._pages import page_indices
 from ._peer import Address, NicAddress, Peer
 from ._queue import Acceptor, Dispatcher
 from ._stats import EngineStats, snapshot
+from ._trace import EVENTS, begin_by_environment, end_by_environment, traced
 from ._transfer import Transfer
 from ._values import (
     FOREVER,
@@ -53,6 +56,11 @@ AFTER_LOOK_SECONDS = 0.00005
 """How often a blocking submission looks at an ``after`` that is not ready."""
 
 _engines: weakref.WeakSet[TransferEngine] = weakref.WeakSet()
+
+
+def open_engines() -> list[TransferEngine]:
+    """Return the engines of this process that are open, in the order of their labels."""
+    return sorted(_engines, key=lambda engine: (engine.address.label, engine.address.id))
 
 
 def _close_all() -> None:
@@ -134,6 +142,7 @@ class TransferEngine:
         self._nics = _read_nics(core)
         core.address = _read_address(core)
         _engines.add(self)
+        self._traced = begin_by_environment(core)
         if callbacks:
             self._dispatcher = Dispatcher(core)
         if accept is not None:
@@ -194,6 +203,8 @@ class TransferEngine:
                 self._dispatcher.close()
             self._regions.clear()
             self._shared.clear()
+            if self._traced:
+                end_by_environment(self._core)
 
     # ---- memory ----
 
@@ -694,6 +705,25 @@ class TransferEngine:
     def stats(self) -> EngineStats:
         """Return what this engine has done and holds. A closed engine still tells."""
         return snapshot(self._core)
+
+    def trace(
+        self, path: str | os.PathLike[str], *, events: int = EVENTS
+    ) -> AbstractContextManager[None]:
+        """Trace what happens meanwhile, and write it to a file that https://ui.perfetto.dev opens.
+
+        ``with engine.trace("trace.json"): ...`` records when each transfer was submitted, first and
+        last posted, and acknowledged, and what became of lanes, peers and counters. To trace an
+        engine from its first day to its last, set FABRIC_TRACE.
+
+        Args:
+            path: of a JSON file in the trace event format; overwritten.
+            events: how many are kept, 1 to 2**20, of 200 bytes each. A transfer takes four. When
+                there are more the oldest make room; the file says how many.
+
+        Raises:
+            InvalidArgument: too many events, or the engine is traced already.
+        """
+        return traced(self._core, path, integer("events", events, 1, lib.FAB_MAX_TRACE))
 
     def progress(self) -> int:
         """Do one turn of the worker's work on this thread; returns how much happened."""

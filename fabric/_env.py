@@ -26,6 +26,13 @@ PROVIDER = Variable(
     'provider that engines opened with provider="auto" use, or a list such as local,tcp',
 )
 
+TRACE = Variable(
+    "FABRIC_TRACE",
+    "no trace",
+    "file to which every engine adds its trace when it is closed, for Perfetto; one that is older"
+    " than the process is begun anew",
+)
+
 VARIABLES = (
     PROVIDER,
     Variable("FABRIC_LIBFABRIC", "libfabric.so.1", "path of the libfabric to load"),
@@ -56,6 +63,7 @@ VARIABLES = (
     Variable("FABRIC_VERBS_SERVICE_LEVEL", "0", "service level of queue pairs, 0 to 15"),
     Variable("FABRIC_LOG_LEVEL", "warn", "log lines of the C core: error, warn, info or debug"),
     Variable("FABRIC_LOG_FILE", "standard error", "file that those lines are appended to"),
+    TRACE,
     Variable(
         "FABRIC_LOCAL_PULL",
         "auto",

@@ -37,6 +37,7 @@ class Lib:
     FAB_MAX_WATCHES: Final[int]
     FAB_MAX_QUEUES: Final[int]
     FAB_MAX_SECRET: Final[int]
+    FAB_MAX_TRACE: Final[int]
     FAB_NAME_MAX: Final[int]
     FAB_TEXT_MAX: Final[int]
     FAB_PIECE_UNIT: Final[int]
@@ -56,6 +57,7 @@ class Lib:
     FAB_E_UNAVAILABLE: Final[int]
     FAB_E_WIRE: Final[int]
     FAB_E_SYSTEM: Final[int]
+    FAB_ERRORS: Final[int]
     FAB_MEM_HOST: Final[int]
     FAB_MEM_CUDA: Final[int]
     FAB_KIND_LOCAL: Final[int]
@@ -69,11 +71,34 @@ class Lib:
     FAB_T_DONE: Final[int]
     FAB_T_FAILED: Final[int]
     FAB_T_CANCELLED: Final[int]
+    FAB_OP_WRITE: Final[int]
+    FAB_OP_PAGES: Final[int]
+    FAB_OP_SCATTER: Final[int]
+    FAB_OP_IMM: Final[int]
+    FAB_OP_MESSAGE: Final[int]
+    FAB_OPS: Final[int]
+    FAB_L_FRESH: Final[int]
+    FAB_L_UP: Final[int]
+    FAB_L_BROKEN: Final[int]
+    FAB_L_GONE: Final[int]
+    FAB_L_OFFERED: Final[int]
+    FAB_L_ANSWERED: Final[int]
+    FAB_L_PROVING: Final[int]
     FAB_P_IDLE: Final[int]
     FAB_P_CONNECTING: Final[int]
     FAB_P_UP: Final[int]
     FAB_P_FENCING: Final[int]
     FAB_P_DEAD: Final[int]
+    FAB_BUCKETS: Final[int]
+    FAB_TRACE_SUBMIT: Final[int]
+    FAB_TRACE_POST: Final[int]
+    FAB_TRACE_POSTED: Final[int]
+    FAB_TRACE_DRAIN: Final[int]
+    FAB_TRACE_END: Final[int]
+    FAB_TRACE_UP: Final[int]
+    FAB_TRACE_LOST: Final[int]
+    FAB_TRACE_LANE: Final[int]
+    FAB_TRACE_COUNT: Final[int]
     FAB_SIM_UNORDERED: Final[int]
     FAB_SIM_ORDERED: Final[int]
     FAB_SIM_KEYS: Final[int]
@@ -95,6 +120,11 @@ class Lib:
     def fab_engine_get_info(self, e: CData, out: CData, /) -> int: ...
     def fab_engine_nic(self, e: CData, index: int, out: CData, /) -> int: ...
     def fab_engine_stats(self, e: CData, out: CData, /) -> int: ...
+    def fab_engine_latency(self, e: CData, op: int, whole: CData, waited: CData, /) -> int: ...
+    def fab_engine_nic_stats(self, e: CData, out: CData, max: int, /) -> int: ...
+    def fab_trace_begin(self, e: CData, events: int, /) -> int: ...
+    def fab_trace_read(self, e: CData, out: CData, max: int, lost: CData, /) -> int: ...
+    def fab_trace_end(self, e: CData, /) -> int: ...
     def fab_engine_progress(self, e: CData, /) -> int: ...
     def fab_region_register(
         self, e: CData, base: int, length: int, kind: int, device: int, /
@@ -108,6 +138,7 @@ class Lib:
     def fab_unmap(self, base: int, length: int, /) -> None: ...
     def fab_peer_add(self, e: CData, address: CData, /) -> int: ...
     def fab_peer_get_info(self, e: CData, peer: int, out: CData, /) -> int: ...
+    def fab_peer_lanes(self, e: CData, peer: int, out: CData, max: int, /) -> int: ...
     def fab_peer_list(self, e: CData, out: CData, max: int, /) -> int: ...
     def fab_disconnect(self, e: CData, peer: int, timeout: int, /) -> int: ...
     def fab_remote_add(self, e: CData, peer: int, descriptor: CData, /) -> int: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import fabric
 from fabric import _env
 from tests.test_topology import Tree, dgx_h100, laptop
 
-NATIVE = Path(__file__).resolve().parent.parent / "native"
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "native"
+PACKAGES = ("fabric", "kvtransfer")
 
 
 def run(cwd: Path, *args: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +121,16 @@ def test_every_variable_that_is_read_is_in_the_registry() -> None:
             if word.startswith("FABRIC_") and word.replace("_", "").isalpha() and word.isupper():
                 read.add(word)
     assert read <= known
-    assert known - read == {"FABRIC_PROVIDER"}  # the one that Python reads
+    assert known - read == {"FABRIC_PROVIDER", "FABRIC_TRACE"}  # those that Python reads
+
+
+def test_python_reads_no_variable_that_is_not_in_the_registry() -> None:
+    known = {variable.name for variable in _env.VARIABLES}
+    sources = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    assert len(sources) > 20
+    for source in sources:
+        names = set(re.findall(r"\bFABRIC_[A-Z][A-Z_]*[A-Z]\b", source.read_text()))
+        assert names <= known, source
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def test_every_code_has_one_class() -> None:
 def test_stats_have_the_fields_of_the_c_struct() -> None:
     wanted = [name for name, _ in ffi.typeof("fab_stats").fields]
     fields = [field.name for field in dataclasses.fields(fabric.EngineStats)]
-    assert fields == [*wanted, "peers"]
+    assert fields == [*wanted, "latency", "waited", "nics", "peers"]
+    lane = [name for name, _ in ffi.typeof("fab_lane_stats").fields]
+    assert set(_stats._LANE_COUNTS) <= set(lane)
     peer = {name for name, _ in ffi.typeof("fab_peer_info").fields}
     assert set(_stats._PEER_COUNTS) <= peer
 

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "peer.h"
+#include "trace.h"
 #include "watch.h"
 #include "worker.h"
 
@@ -473,6 +474,15 @@ static int wait_text(struct fab_engine *e, const struct counter_wait *w, int cod
     }
 }
 
+/* Of a block, its first counter stands for all. */
+static void trace_reached(struct fab_engine *e, const struct counter_wait *w)
+{
+    uint32_t offset = w->first - w->counter->first;
+    fab_lock(e);
+    fab_trace_count(e, w->counter->id + offset, w->targets[0]);
+    fab_unlock(e);
+}
+
 static int wait_open(struct fab_engine *e, struct counter_wait *w, const int64_t *peers,
                      uint32_t peer_count, int64_t timeout, uint8_t *missing)
 {
@@ -486,6 +496,8 @@ static int wait_open(struct fab_engine *e, struct counter_wait *w, const int64_t
     mark_missing(e, w, missing);
     if (code == FAB_E_TIMEOUT && timeout)
         fab_peer_set_timed_out(&w->peers);
+    if (code == 1 && atomic_load_explicit(&e->traced, memory_order_relaxed))
+        trace_reached(e, w);
     if (code == 1)
         code = 0;
     else

@@ -23,6 +23,7 @@
 #include "remote.h"
 #include "session.h"
 #include "sink.h"
+#include "trace.h"
 #include "watch.h"
 #include "worker.h"
 
@@ -152,6 +153,8 @@ static int open_nic(struct fab_engine *e, const struct fab_provider *provider, c
         return fab_error_why(rc == -EINVAL ? FAB_E_INVALID : FAB_E_UNAVAILABLE, rc,
                              "provider %s, NIC %s", provider->name, name ? name : "(any)");
     e->step = provider->step;
+    fab_nic_stats *stats = &e->nic_stats[e->nic_stats_count++];
+    memcpy(stats->name, e->nics[e->nic_count]->info.name, sizeof stats->name);
     e->nic_count++;
     return 0;
 }
@@ -292,6 +295,7 @@ static void fini_tables(struct fab_engine *e)
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         fab_slots_fini(all[i]);
     fab_counters_fini(e);
+    fab_trace_free(e);
     fab_table_free(e->commands, FAB_COMMANDS, sizeof *e->commands);
     fab_table_free(e->barred, FAB_BARRED, sizeof *e->barred);
     free(e->newcomers);
@@ -440,22 +444,6 @@ int fab_engine_nic(fab_engine *e, uint32_t index, fab_nic_info *out)
         rc = fab_error(FAB_E_INVALID, "NIC %u of %u", index, e->nic_count);
     fab_leave(e);
     return rc;
-}
-
-int fab_engine_stats(fab_engine *e, fab_stats *out)
-{
-    if (atomic_load(&e->forked))
-        return fab_error(FAB_E_CLOSED, "the engine belongs to the parent process");
-    fab_lock(e);
-    *out = e->stats;
-    fab_unlock(e);
-    out->transfers_live = atomic_load(&e->transfers.live);
-    out->regions = atomic_load(&e->regions.live);
-    out->counters = atomic_load(&e->counters.live);
-    out->remotes = atomic_load(&e->imports.live);
-    out->watches = atomic_load(&e->watches.live);
-    out->queue_full = atomic_load(&e->queue_full);
-    return 0;
 }
 
 int fab_list_nics(const char *provider, fab_nic_info *out, uint32_t max)

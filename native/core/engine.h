@@ -45,6 +45,7 @@
 #define FAB_NO_WATCH UINT32_MAX
 
 struct fab_engine;
+struct fab_trace;
 struct fab_peer;
 struct fab_peer_set;
 struct fab_grant;
@@ -154,6 +155,7 @@ struct fab_transfer {
     struct fab_slot slot;
     _Atomic uint32_t state;
     enum fab_transfer_kind kind;
+    uint32_t op; /* FAB_OP_* */
     _Atomic bool cancel_asked;
     int code;
     struct fab_transfer *parent;
@@ -169,6 +171,8 @@ struct fab_transfer {
     int32_t *pages; /* count source pages, then count destination pages */
     uint64_t count; /* ranges */
     int64_t imm, deadline;
+    int64_t submitted; /* when; 0: not timed (stats.h) */
+    int64_t waited; /* ns until its first work request, or fragment, was posted */
     uint64_t fence; /* their_fence when it was submitted (S9) */
     uint64_t acknowledged;
     uint32_t pieces_left; /* of the one range of a write */
@@ -176,6 +180,7 @@ struct fab_transfer {
     uint32_t shares_open; /* shares not wholly posted */
     uint32_t share_count;
     bool started, holds_grant;
+    bool posted; /* some of it */
     uint32_t watch;
     /* message */
     uint8_t *bytes;
@@ -201,21 +206,8 @@ struct fab_fragment {
     uint8_t bytes[FAB_FRAGMENT_MAX];
 };
 
-/* FRESH: opened by a handshake that is under way. BROKEN: to be closed. OFFERED: half of an attempt
- * to open it again. PROVING, ANSWERED: connected, as far as this side knows; UP when a frame came
- * over it. */
-enum fab_lane_state {
-    FAB_L_FRESH,
-    FAB_L_UP,
-    FAB_L_BROKEN,
-    FAB_L_GONE,
-    FAB_L_OFFERED,
-    FAB_L_ANSWERED,
-    FAB_L_PROVING
-};
-
 struct fab_lane_life {
-    enum fab_lane_state state;
+    uint32_t state; /* FAB_L_* */
     uint32_t nic; /* ours */
     uint32_t serial; /* how often it was opened in this session */
     uint32_t weight; /* speed, relative to the peer's other lanes */
@@ -228,6 +220,12 @@ struct fab_lane_life {
     int64_t looked; /* when `silence` was last added to */
     int64_t silence; /* how long nothing came over it while the peer was heard otherwise */
     char text[FAB_TEXT_MAX];
+};
+
+/* What a lane has carried; outlives the session. */
+struct fab_lane_counts {
+    uint32_t nic; /* ours */
+    uint64_t tx_bytes, tx_pieces, lost, restored;
 };
 
 /* A control frame that a lane did not get across. */
@@ -261,6 +259,7 @@ struct fab_peer {
 
     /* session */
     bool active; /* we sent the HELLO */
+    bool greeted; /* HELLO or WELCOME was sent: the next one is a copy */
     bool welcomed; /* we accepted; the peer has not been heard since */
     uint64_t mine, theirs;
     bool was_up; /* this session */
@@ -277,6 +276,8 @@ struct fab_peer {
     struct fab_bell bells[FAB_MAX_LANES]; /* ours, for this peer alone (keys.h) */
     uint32_t lane_outstanding[FAB_MAX_LANES];
     struct fab_lane_life life[FAB_MAX_LANES];
+    struct fab_lane_counts counts[FAB_MAX_LANES];
+    uint32_t counts_used; /* lanes of the last session that was up */
     uint32_t lane_count;
     uint32_t contact; /* the lane of the handshake, and of control frames while it works */
     int64_t contact_until; /* when another lane is tried for first contact */
@@ -322,7 +323,7 @@ struct fab_peer {
 
     uint32_t early_ids;
     bool early_overflow;
-    uint64_t tx_bytes, tx_ranges, tx_pieces, rx_imms, rx_frames, tx_frames;
+    uint64_t tx_bytes, tx_ranges, rx_imms, rx_frames, tx_frames;
 };
 
 /* ---- watches ---- */
@@ -356,6 +357,15 @@ struct fab_pending { /* a HELLO that passed the checks */
     bool asking, shown; /* the application is to be asked; was handed the question */
     int64_t deadline;
     struct fab_hello hello;
+};
+
+/* Of all transfers of one FAB_OP_*: see stats.h. */
+struct fab_timing {
+    fab_histogram whole, waited;
+    int64_t last; /* what the last short one took */
+    bool quick; /* which ended before its submission returned */
+    uint32_t untimed; /* begun since then */
+    uint32_t pending; /* done, and not yet in the histograms */
 };
 
 enum fab_worker_state { FAB_AWAKE, FAB_NAPPING, FAB_SLEEPING };
@@ -422,7 +432,13 @@ struct fab_engine {
     _Atomic bool stop;
 
     fab_stats stats;
+    fab_nic_stats nic_stats[FAB_MAX_NICS]; /* and of peers that were forgotten */
+    uint32_t nic_stats_count;
     _Atomic uint64_t queue_full;
+    struct fab_timing timing[FAB_OPS];
+    bool submitting; /* `now` may be of before this call (stats.h) */
+    struct fab_trace *trace; /* trace.h; NULL: off */
+    _Atomic bool traced;
     struct fab_engine *all_next; /* for fork */
 };
 

@@ -11,6 +11,7 @@
 #include "peer.h"
 #include "session.h"
 #include "sha256.h"
+#include "trace.h"
 #include "worker.h"
 
 static const char barred_text[] = "it disconnected us, and has to use our address again first";
@@ -170,7 +171,11 @@ static bool send_hello(struct fab_peer *p, bool welcome)
     uint8_t mac[FAB_MAC_BYTES];
     sign(e, &w, &h, welcome ? welcome_label : hello_label, mac);
     fab_put(&w, mac, sizeof mac);
-    return fab_session_send(p, &w, NULL);
+    if (!fab_session_send(p, &w, NULL))
+        return false;
+    e->stats.handshakes_resent += p->greeted;
+    p->greeted = true;
+    return true;
 }
 
 bool fab_handshake_send_welcome(struct fab_peer *p)
@@ -188,7 +193,7 @@ static void begin(struct fab_peer *p, bool active)
     fab_random(p->nonce, sizeof p->nonce);
     memset(p->cookie, 0, sizeof p->cookie);
     p->active = active;
-    p->ending = false;
+    p->ending = p->greeted = false;
     p->theirs = 0;
     p->deadline = e->now + e->config.peer_timeout_ns;
     p->next_hello = e->now;
@@ -269,6 +274,7 @@ void fab_handshake_up(struct fab_peer *p)
     e->dirty = true;
     fab_log(FAB_LOG_INFO, "peer %s: up over %s, %u lanes", p->label, p->provider->name,
             p->lane_count);
+    fab_trace_peer(p, FAB_TRACE_UP, p->provider->name);
     fab_peer_busy(p);
 }
 
@@ -293,6 +299,7 @@ static void on_challenge(struct fab_peer *p, struct fab_reader *r)
         return;
     }
     memcpy(p->cookie, cookie, sizeof cookie);
+    p->greeted = false; /* what follows is another HELLO, not a copy */
     p->next_hello = 0;
     fab_peer_busy(p);
     fab_handshake_tick(p);

@@ -8,6 +8,7 @@
 #include "peer.h"
 #include "post.h"
 #include "session.h"
+#include "stats.h"
 
 #define WEIGHT_MAX 1000u
 #define LATE_NS (10 * FAB_TICK_NS) /* what passes without a look at a lane is not its silence */
@@ -21,8 +22,25 @@ static void due(struct fab_peer *p, bool *what)
     fab_peer_busy(p);
 }
 
+static const char *const state_names[] = {
+    [FAB_L_FRESH] = "fresh",        [FAB_L_UP] = "up",           [FAB_L_BROKEN] = "lost",
+    [FAB_L_GONE] = "closed",        [FAB_L_OFFERED] = "offered", [FAB_L_ANSWERED] = "answered",
+    [FAB_L_PROVING] = "to be heard"};
+
+/* Every change of a lane's state: one line of the log, and one event of the trace. */
+static void turns(struct fab_peer *p, uint32_t i, uint32_t state, enum fab_log_level level,
+                  const char *why)
+{
+    const char *nic = p->engine->nics[p->life[i].nic]->info.name;
+    p->life[i].state = state;
+    fab_log(level, "peer %s: lane %u over %s: %s%s%s", p->label, i, nic, state_names[state],
+            why[0] ? ": " : "", why);
+    fab_trace_lane(p, i, state, why);
+}
+
 void fab_lanes_begin(struct fab_peer *p)
 {
+    fab_stats_lanes(p);
     for (uint32_t i = 0; i < p->lane_count; i++) {
         struct fab_lane_life *life = &p->life[i];
         p->lanes[i]->established = true;
@@ -30,12 +48,19 @@ void fab_lanes_begin(struct fab_peer *p)
             continue;
         life->since = p->engine->now;
         if (i == p->contact || !p->provider->repairs)
-            life->state = FAB_L_UP;
+            turns(p, i, FAB_L_UP, FAB_LOG_INFO, "");
         else
-            life->state = p->active ? FAB_L_PROVING : FAB_L_ANSWERED;
+            turns(p, i, p->active ? FAB_L_PROVING : FAB_L_ANSWERED, FAB_LOG_DEBUG, "");
         if (life->state == FAB_L_PROVING)
             due(p, &life->due_ready);
     }
+}
+
+void fab_lanes_close(struct fab_peer *p, const char *why)
+{
+    for (uint32_t i = 0; i < p->lane_count; i++)
+        if (p->life[i].state != FAB_L_GONE)
+            turns(p, i, FAB_L_GONE, FAB_LOG_INFO, why);
 }
 
 void fab_lanes_forget(struct fab_peer *p)
@@ -153,14 +178,14 @@ static void mark_broken(struct fab_peer *p, uint32_t i, const char *text, bool t
     struct fab_lane_life *life = &p->life[i];
     if (life->state == FAB_L_BROKEN || life->state == FAB_L_GONE)
         return;
-    if (life->state == FAB_L_UP) {
+    bool was_up = life->state == FAB_L_UP;
+    if (was_up) {
         if (p->engine->now - life->since > FAB_LANE_STABLE_NS)
             life->tries = 0;
         p->engine->stats.lanes_lost++;
-        fab_log(FAB_LOG_WARN, "peer %s: lane %u over %s lost: %s", p->label, i,
-                p->lanes[i]->nic->info.name, text);
+        p->counts[i].lost++;
     }
-    life->state = FAB_L_BROKEN;
+    turns(p, i, FAB_L_BROKEN, was_up ? FAB_LOG_WARN : FAB_LOG_INFO, text);
     life->due_open = life->due_opened = life->due_ready = life->due_probe = false;
     p->lanes[i]->given_up = true;
     fab_text(life->text, sizeof life->text, "%s", text);
@@ -223,6 +248,7 @@ static int send_lost(struct fab_peer *p)
         if (!p->lost)
             p->last_lost = NULL;
         p->lost_count--;
+        p->engine->stats.frames_resent++;
         free(frame);
         n++;
     }
@@ -308,7 +334,7 @@ static int close_lane(struct fab_peer *p, uint32_t i)
     if (lane && lane->nic->provider->lane_close(lane) == -EINPROGRESS)
         return 0;
     p->lanes[i] = NULL;
-    p->life[i].state = FAB_L_GONE;
+    turns(p, i, FAB_L_GONE, FAB_LOG_DEBUG, "");
     p->life[i].retry_at = next_try(p, i);
     fab_post_lane_gone(p, i, p->life[i].text);
     return 1;
@@ -389,7 +415,7 @@ static void offer(struct fab_peer *p, uint32_t i)
     if (!p->engine->nics[life->nic]->info.up || !open_half(p, i))
         return;
     life->serial++;
-    life->state = FAB_L_OFFERED;
+    turns(p, i, FAB_L_OFFERED, FAB_LOG_DEBUG, "");
     due(p, &life->due_open);
 }
 
@@ -451,14 +477,12 @@ bool fab_lanes_closing(const struct fab_peer *p)
 
 static void is_up(struct fab_peer *p, uint32_t i)
 {
-    p->life[i].state = FAB_L_UP;
+    bool again = p->life[i].serial;
+    turns(p, i, FAB_L_UP, again ? FAB_LOG_WARN : FAB_LOG_INFO, again ? "restored" : "");
     p->life[i].since = p->engine->now;
     fab_peer_busy(p);
-    if (!p->life[i].serial)
-        return;
-    p->engine->stats.lanes_restored++;
-    fab_log(FAB_LOG_WARN, "peer %s: lane %u over %s is back", p->label, i,
-            p->lanes[i]->nic->info.name);
+    p->engine->stats.lanes_restored += again;
+    p->counts[i].restored += again;
 }
 
 void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane)
@@ -466,7 +490,7 @@ void fab_lanes_heard(struct fab_peer *p, const struct fab_lane *lane)
     uint32_t i = index_of(p, lane);
     if (i == FAB_MAX_LANES)
         return;
-    enum fab_lane_state state = p->life[i].state;
+    uint32_t state = p->life[i].state;
     p->life[i].silence = 0;
     if (state == FAB_L_PROVING || state == FAB_L_ANSWERED)
         is_up(p, i);
@@ -532,7 +556,7 @@ void fab_lanes_on_open(struct fab_peer *p, struct fab_reader *r)
     if (!p->engine->nics[p->life[i].nic]->info.up || !open_half(p, i))
         return;
     p->life[i].serial = serial;
-    p->life[i].state = FAB_L_ANSWERED;
+    turns(p, i, FAB_L_ANSWERED, FAB_LOG_DEBUG, "");
     if (p->provider->lane_connect(p->lanes[i], blob, length))
         mark_broken(p, i, fab_take_reason(-EPROTO), true);
     else
@@ -549,7 +573,7 @@ void fab_lanes_on_opened(struct fab_peer *p, struct fab_reader *r)
         mark_broken(p, i, fab_take_reason(-EPROTO), true);
         return;
     }
-    p->life[i].state = FAB_L_PROVING;
+    turns(p, i, FAB_L_PROVING, FAB_LOG_DEBUG, "");
     due(p, &p->life[i].due_ready);
 }
 

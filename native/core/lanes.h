@@ -20,6 +20,8 @@
 /* A session begins with the lanes that the handshake opened, or ends. Only the one that the
  * handshake took is known to work; the others have to prove it. */
 void fab_lanes_begin(struct fab_peer *p);
+/* The session is over, and its lanes are closed. */
+void fab_lanes_close(struct fab_peer *p, const char *why);
 void fab_lanes_forget(struct fab_peer *p);
 /* The handshake told the speed of the peer's NICs (Mbit/s, 0: unknown), in lane order. */
 void fab_lanes_weigh(struct fab_peer *p, const uint32_t *speeds);

@@ -6,6 +6,7 @@
 
 #include "peer.h"
 #include "session.h"
+#include "stats.h"
 #include "transfer.h"
 #include "watch.h"
 #include "worker.h"
@@ -36,6 +37,8 @@ static bool send_fragment(struct fab_peer *p, struct fab_transfer *t)
     fab_put(&w, t->bytes + t->sent, size);
     if (!fab_session_send(p, &w, NULL))
         return false;
+    if (!t->posted)
+        fab_stats_posted(p->engine, t);
     t->sent += size;
     t->last_fragment = p->tx_next++;
     return true;
@@ -52,6 +55,7 @@ int fab_message_post(struct fab_peer *p)
         }
         n++;
         if (t->sent == t->length) {
+            fab_trace_transfer(p->engine, t, FAB_TRACE_POSTED);
             fab_list_remove(t);
             fab_list_append(&p->sent, t);
         }

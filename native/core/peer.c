@@ -8,6 +8,7 @@
 #include "counter.h"
 #include "lanes.h"
 #include "session.h"
+#include "stats.h"
 #include "worker.h"
 
 struct fab_peer *fab_peer_find(struct fab_engine *e, const uint8_t *id)
@@ -48,6 +49,7 @@ static bool evict_one(struct fab_engine *e)
             !fab_slot_kill_unused(peer))
             continue;
         fab_counters_forget_peer(e, peer);
+        fab_stats_forget(peer);
         fab_peer_put(e, peer);
         return true;
     }
@@ -209,7 +211,7 @@ int fab_peer_get_info(fab_engine *e, int64_t handle, fab_peer_info *out)
         memcpy(out->id, p->id, sizeof out->id);
         out->tx_bytes = p->tx_bytes;
         out->tx_ranges = p->tx_ranges;
-        out->tx_pieces = p->tx_pieces;
+        out->tx_pieces = fab_stats_peer_pieces(p);
         out->rx_imms = p->rx_imms;
         out->rx_frames = p->rx_frames;
         out->tx_frames = p->tx_frames;

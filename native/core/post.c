@@ -10,6 +10,7 @@
 #include "remote.h"
 #include "session.h"
 #include "shard.h"
+#include "stats.h"
 #include "transfer.h"
 #include "worker.h"
 
@@ -51,7 +52,9 @@ static void plan(struct fab_transfer *t)
     t->share_count = 0;
     for (uint32_t i = 0; i < n; i++) {
         struct fab_span span = {0, 0};
-        if (t->kind == FAB_K_WRITE)
+        if (t->kind == FAB_K_WRITE && n == 1)
+            span.end = t->length;
+        else if (t->kind == FAB_K_WRITE)
             span = fab_shard_bytes(t->length, i, n, weights);
         else if (t->kind == FAB_K_PAGES)
             span = fab_shard_items(t->count, i, n, weights);
@@ -228,8 +231,10 @@ static int post_chain(struct fab_transfer *t, uint32_t share, uint32_t budget, b
     }
     count_outstanding(t, s, -((int64_t)n - taken));
     s->posted += (uint32_t)taken;
-    if (s->posted == s->total)
-        t->shares_open--;
+    if (taken && !t->posted)
+        fab_stats_posted(p->engine, t);
+    if (s->posted == s->total && !--t->shares_open)
+        fab_trace_transfer(p->engine, t, FAB_TRACE_POSTED);
     if ((uint32_t)taken < n) {
         *full = true;
         fab_peer_busy(p); /* nothing may ever complete on this lane: look again next turn */
@@ -364,10 +369,11 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
     fab_slot_ref(t);
     count_outstanding(t, s, -1);
     if (status) {
+        e->stats.pieces_failed++;
         work_request_failed(t, lane, status);
     } else {
-        p->tx_pieces++;
-        e->stats.tx_pieces++;
+        uint64_t bytes = t->kind == FAB_K_PAGES ? t->length : s->end - s->begin;
+        fab_stats_acknowledged(p, lane, wr_id & WR_LAST ? bytes : 0);
         /* On `local` we do the work ourselves: it proves nothing about the peer. */
         if (lane->nic->info.kind != FAB_KIND_LOCAL) {
             p->last_heard = e->now;

@@ -15,6 +15,7 @@
 #include "peer.h"
 #include "post.h"
 #include "remote.h"
+#include "trace.h"
 #include "watch.h"
 #include "worker.h"
 
@@ -152,6 +153,10 @@ static void ended(struct fab_peer *p)
     p->code = p->end_code;
     fab_text(p->text, sizeof p->text, "%s", p->end_text);
     fab_session_carry_out_voids(p);
+    if (p->was_up) {
+        fab_lanes_close(p, p->text);
+        fab_trace_peer(p, FAB_TRACE_LOST, p->text);
+    }
     forget_session(p);
     atomic_store_explicit(&p->fence_stuck, false, memory_order_relaxed);
     atomic_store_explicit(&p->state, FAB_P_DEAD, memory_order_release);

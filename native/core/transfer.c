@@ -11,6 +11,7 @@
 #include "post.h"
 #include "remote.h"
 #include "session.h"
+#include "stats.h"
 #include "watch.h"
 #include "worker.h"
 
@@ -86,13 +87,6 @@ static void void_id(struct fab_transfer *t)
     fab_peer_busy(p);
 }
 
-static void count_end(struct fab_engine *e, uint32_t state)
-{
-    e->stats.transfers_done += state == FAB_T_DONE;
-    e->stats.transfers_failed += state == FAB_T_FAILED;
-    e->stats.transfers_cancelled += state == FAB_T_CANCELLED;
-}
-
 static void let_go(struct fab_engine *e, struct fab_transfer *t)
 {
     fab_list_remove(t);
@@ -117,7 +111,7 @@ static void end(struct fab_engine *e, struct fab_transfer *t, uint32_t state)
     if (state != FAB_T_DONE && t->kind != FAB_K_MESSAGE && t->kind != FAB_K_GROUP)
         void_id(t);
     let_go(e, t);
-    count_end(e, state);
+    fab_stats_ended(e, t, state);
     struct fab_transfer *parent = t->parent;
     t->parent = NULL;
     if (parent)
@@ -185,6 +179,7 @@ void fab_transfer_fail(struct fab_transfer *t, int code, const char *text)
     t->code = code;
     fab_text(t->text, sizeof t->text, "%s", text);
     atomic_store_explicit(&t->state, FAB_T_DRAINING, memory_order_release);
+    fab_trace_transfer(t->peer->engine, t, FAB_TRACE_DRAIN);
     if (t->list == &t->peer->queue && t->outstanding) {
         fab_list_remove(t);
         fab_list_append(&t->peer->inflight, t);
@@ -218,6 +213,7 @@ static void start_one(struct fab_transfer *t)
 {
     struct fab_peer *p = t->peer;
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
+    fab_trace_transfer(p->engine, t, FAB_TRACE_SUBMIT);
     if (state == FAB_P_IDLE || state == FAB_P_DEAD) {
         fab_session_start(p);
         state = atomic_load_explicit(&p->state, memory_order_relaxed);
@@ -234,12 +230,13 @@ static void start_one(struct fab_transfer *t)
         fab_transfer_fail(t, FAB_E_UNREACHABLE, p->end_text);
 }
 
-void fab_transfer_start(struct fab_transfer *t)
+void fab_transfer_start(struct fab_engine *e, struct fab_transfer *t)
 {
     if (t->kind != FAB_K_GROUP) {
         start_one(t);
         return;
     }
+    fab_trace_transfer(e, t, FAB_TRACE_SUBMIT);
     for (struct fab_transfer *child = t->eldest, *next; child; child = next) {
         next = child->younger; /* a child that cannot start ends, and leaves the chain */
         start_one(child);
@@ -255,7 +252,7 @@ static int slot_free(struct fab_engine *e, void *arg)
 }
 
 static struct fab_transfer *new_transfer(struct fab_engine *e, enum fab_transfer_kind kind,
-                                         int64_t wait)
+                                         uint32_t op, int64_t wait)
 {
     struct fab_transfer *t = fab_slot_alloc(&e->transfers);
     while (!t && wait && fab_wait(e, slot_free, NULL, wait) == 1)
@@ -270,6 +267,7 @@ static struct fab_transfer *new_transfer(struct fab_engine *e, enum fab_transfer
     memset((char *)t + sizeof t->slot, 0, offsetof(struct fab_transfer, shares) - sizeof t->slot);
     t->nic[0] = t->text[0] = 0;
     t->kind = kind;
+    t->op = op;
     t->imm = FAB_NO_IMM;
     t->watch = FAB_NO_WATCH;
     atomic_store_explicit(&t->state, FAB_T_RUNNING, memory_order_relaxed);
@@ -332,13 +330,16 @@ static int64_t submit(struct fab_engine *e, struct fab_transfer *t)
     int64_t handle = fab_slot_handle(t);
     fab_slot_ref(t); /* the engine's, until the end */
     if (!fab_trylock_in_order(e)) {
+        t->submitted = fab_now();
         fab_command(e, t->slot.index, false);
         fab_kick(e);
         return handle;
     }
-    fab_transfer_start(t);
+    fab_stats_submit(e, t);
+    fab_transfer_start(e, t);
     fab_serve(e);
     bool left = atomic_load_explicit(&t->state, memory_order_relaxed) < FAB_T_DONE;
+    fab_stats_submitted(e, t, left);
     fab_unlock(e);
     if (left)
         fab_kick(e);
@@ -349,6 +350,8 @@ static int64_t submit_done(struct fab_engine *e, struct fab_transfer *t)
 {
     fab_lock(e);
     fab_slot_ref(t);
+    t->submitted = e->now; /* it takes no time */
+    fab_trace_transfer(e, t, FAB_TRACE_SUBMIT);
     end(e, t, FAB_T_DONE);
     fab_unlock(e);
     return fab_slot_handle(t);
@@ -377,7 +380,7 @@ int64_t fab_write(fab_engine *e, int64_t region, uint64_t src, int64_t remote, u
     if (fab_enter(e))
         return FAB_E_CLOSED;
     int64_t result = check_imm(imm);
-    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_WRITE, wait);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_WRITE, FAB_OP_WRITE, wait);
     if (!t) {
         result = fab_error_code();
     } else {
@@ -451,7 +454,7 @@ int64_t fab_write_pages(fab_engine *e, int64_t region, int64_t remote, const int
     if (fab_enter(e))
         return FAB_E_CLOSED;
     int64_t result = check_imm(imm);
-    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_PAGES, wait);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_PAGES, FAB_OP_PAGES, wait);
     if (!t) {
         result = fab_error_code();
     } else {
@@ -500,7 +503,7 @@ static void discard_group(struct fab_engine *e, struct fab_transfer *parent)
 static struct fab_transfer *add_child(struct fab_engine *e, struct fab_transfer *parent,
                                       enum fab_transfer_kind kind)
 {
-    struct fab_transfer *child = new_transfer(e, kind, 0);
+    struct fab_transfer *child = new_transfer(e, kind, parent->op, 0);
     if (!child)
         return NULL;
     child->parent = parent;
@@ -525,9 +528,9 @@ static int64_t submit_group(struct fab_engine *e, struct fab_transfer *parent)
     return submit(e, parent);
 }
 
-static struct fab_transfer *new_group(struct fab_engine *e, const struct group *g)
+static struct fab_transfer *new_group(struct fab_engine *e, const struct group *g, uint32_t op)
 {
-    struct fab_transfer *parent = new_transfer(e, FAB_K_GROUP, 0);
+    struct fab_transfer *parent = new_transfer(e, FAB_K_GROUP, op, 0);
     if (parent) {
         parent->imm = g->imm;
         parent->deadline = g->deadline;
@@ -561,7 +564,7 @@ static int64_t submit_when_room(struct fab_engine *e, struct group *g, int64_t w
 
 static int64_t build_scatter(struct fab_engine *e, struct group *g)
 {
-    struct fab_transfer *parent = new_group(e, g);
+    struct fab_transfer *parent = new_group(e, g, FAB_OP_SCATTER);
     int64_t result = parent ? 0 : fab_error_code();
     for (uint32_t i = 0; !result && i < g->count; i++) {
         const fab_target *row = &g->targets[i];
@@ -582,7 +585,7 @@ static int64_t build_scatter(struct fab_engine *e, struct group *g)
 
 static int64_t build_imms(struct fab_engine *e, struct group *g)
 {
-    struct fab_transfer *parent = new_group(e, g);
+    struct fab_transfer *parent = new_group(e, g, FAB_OP_IMM);
     int64_t result = parent ? 0 : fab_error_code();
     for (uint32_t i = 0; !result && i < g->count; i++) {
         struct fab_transfer *t = add_child(e, parent, FAB_K_IMM);
@@ -672,7 +675,7 @@ int64_t fab_send(fab_engine *e, int64_t peer, const void *bytes, uint64_t length
                 ? FAB_E_CLOSED
                 : fab_error(FAB_E_FULL, "%d messages to %s wait for its application to take some",
                             FAB_MESSAGES_QUEUED, p->label);
-    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_MESSAGE, wait);
+    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_MESSAGE, FAB_OP_MESSAGE, wait);
     if (t) {
         t->peer = p;
         fab_slot_ref(p);

@@ -10,7 +10,7 @@
 #include "engine.h"
 
 /* From the command ring, or inline by the submitter. */
-void fab_transfer_start(struct fab_transfer *t);
+void fab_transfer_start(struct fab_engine *e, struct fab_transfer *t);
 void fab_transfer_do_cancel(struct fab_engine *e, struct fab_transfer *t);
 /* All its ranges are acknowledged. */
 void fab_transfer_done(struct fab_transfer *t);

@@ -10,6 +10,7 @@
 
 #include "counter.h"
 #include "peer.h"
+#include "trace.h"
 #include "transfer.h"
 #include "worker.h"
 
@@ -93,6 +94,13 @@ static void fire(struct fab_engine *e, struct fab_watch *w, int code)
 
 /* ---- what happened ---- */
 
+/* The counter id that a cell stands for. */
+static uint32_t id_of(const struct fab_engine *e, const struct fab_cell *cell)
+{
+    ptrdiff_t at = cell - e->cells;
+    return at < FAB_MAX_COUNTERS ? FAB_ID_ENGINE_BIT | cell->id << 16 | (uint32_t)at : cell->id;
+}
+
 void fab_watch_cell_changed(struct fab_engine *e, struct fab_cell *cell)
 {
     bool gone = atomic_load_explicit(&cell->flags, memory_order_relaxed) & FAB_CELL_VOID;
@@ -100,10 +108,12 @@ void fab_watch_cell_changed(struct fab_engine *e, struct fab_cell *cell)
     for (uint32_t i = cell->watch; i != FAB_NO_WATCH;) {
         struct fab_watch *w = watch_at(e, i);
         i = w->next;
-        if (gone)
+        if (gone) {
             fire(e, w, FAB_E_VOID);
-        else if (value >= w->target)
+        } else if (value >= w->target) {
+            fab_trace_count(e, id_of(e, cell), w->target);
             fire(e, w, 0);
+        }
     }
 }
 

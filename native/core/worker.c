@@ -126,7 +126,7 @@ static int take_commands(struct fab_engine *e)
         if (cancel)
             fab_transfer_do_cancel(e, t);
         else
-            fab_transfer_start(t);
+            fab_transfer_start(e, t);
     }
     return n;
 }

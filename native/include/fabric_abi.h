@@ -35,6 +35,7 @@
 #define FAB_MAX_WATCHES 65536   /* of one engine */
 #define FAB_MAX_QUEUES 64       /* of one engine: one for each event loop or dispatcher */
 #define FAB_MAX_SECRET 64       /* bytes of the shared secret */
+#define FAB_MAX_TRACE 1048576   /* events of one engine's trace */
 #define FAB_NAME_MAX 64
 #define FAB_TEXT_MAX 256
 #define FAB_PIECE_UNIT 720720   /* lcm(1..16): what one range adds to a counter's sum */
@@ -56,6 +57,7 @@
 #define FAB_E_UNAVAILABLE -12       /* no such provider or NIC here */
 #define FAB_E_WIRE -13              /* malformed bytes from elsewhere */
 #define FAB_E_SYSTEM -14            /* the operating system refused; the text has its errno */
+#define FAB_ERRORS 15               /* codes are above -FAB_ERRORS */
 
 /* Kinds of memory. */
 #define FAB_MEM_HOST 0
@@ -75,6 +77,23 @@
 #define FAB_T_DONE 3
 #define FAB_T_FAILED 4
 #define FAB_T_CANCELLED 5
+
+/* What a transfer was submitted as. */
+#define FAB_OP_WRITE 0
+#define FAB_OP_PAGES 1
+#define FAB_OP_SCATTER 2
+#define FAB_OP_IMM 3 /* write_imm and barrier */
+#define FAB_OP_MESSAGE 4
+#define FAB_OPS 5
+
+/* Lane states (ARCHITECTURE.md, "Lane"). */
+#define FAB_L_FRESH 0    /* opened by a handshake that is under way */
+#define FAB_L_UP 1       /* a frame came over it */
+#define FAB_L_BROKEN 2   /* to be closed */
+#define FAB_L_GONE 3     /* closed */
+#define FAB_L_OFFERED 4  /* half of an attempt to open it again */
+#define FAB_L_ANSWERED 5 /* connected, as far as the side that was asked knows */
+#define FAB_L_PROVING 6  /* connected, as far as the side that asked knows */
 
 /* Peer states. */
 #define FAB_P_IDLE 1       /* known, no session */
@@ -187,28 +206,59 @@ typedef struct {
     uint64_t queued;      /* transfers not yet wholly posted */
 } fab_peer_info;
 
+/* One lane of a peer. Counts are those of the peer's sessions so far. */
 typedef struct {
-    uint64_t tx_bytes;        /* payload that was acknowledged */
-    uint64_t tx_ranges;       /* ranges that were acknowledged */
-    uint64_t tx_pieces;       /* work requests that were acknowledged */
+    int32_t state;        /* FAB_L_* */
+    uint32_t remote_nic;  /* the peer's, in the order of its address */
+    char nic[FAB_NAME_MAX];
+    uint64_t tx_bytes;    /* payload that was acknowledged */
+    uint64_t tx_pieces;   /* work requests that were acknowledged */
+    uint64_t outstanding; /* work requests */
+    uint64_t lost;        /* times that it broke while the session went on */
+    uint64_t restored;    /* of these, times that it was opened again */
+} fab_lane_stats;
+
+/* One NIC of an engine; also told after the engine was closed. */
+typedef struct {
+    char name[FAB_NAME_MAX];
+    int32_t up;
+    int32_t reserved;
+    uint64_t tx_bytes;
+    uint64_t tx_pieces;
+} fab_nic_stats;
+
+/* Times in ns. Buckets 0 to 3 hold that many ns; from there on every octave has four buckets of
+ * equal width, so that bucket i begins at (4 + i % 4) << (i / 4 - 1). The last one also holds all
+ * that is longer. `count` is the sum of the buckets. */
+#define FAB_BUCKETS 160
+typedef struct {
+    uint64_t count;
+    uint64_t sum;
+    uint64_t buckets[FAB_BUCKETS];
+} fab_histogram;
+
+typedef struct {
+    uint64_t tx_bytes;             /* payload that was acknowledged */
+    uint64_t tx_ranges;            /* ranges that were acknowledged */
+    uint64_t tx_pieces;            /* work requests that were acknowledged */
     uint64_t tx_messages;
     uint64_t rx_messages;
-    uint64_t rx_imms;         /* immediates received and counted */
-    uint64_t imm_stale;       /* dropped: released or foreign generation */
-    uint64_t imm_overflow;    /* dropped: a peer's early ids overflowed */
+    uint64_t rx_imms;              /* immediates received and counted */
+    uint64_t imm_stale;            /* dropped: released or foreign generation */
+    uint64_t imm_overflow;         /* dropped: a peer's early ids overflowed */
     uint64_t transfers_done;
     uint64_t transfers_failed;
     uint64_t transfers_cancelled;
     uint64_t transfers_live;
     uint64_t frames_rx;
     uint64_t frames_tx;
-    uint64_t frames_refused;  /* malformed, stale or unknown */
+    uint64_t frames_refused;       /* malformed, stale or unknown */
     uint64_t handshakes_refused;
     uint64_t peers_up;
     uint64_t peers_lost;
-    uint64_t lanes_lost;      /* broke while their session went on */
-    uint64_t lanes_restored;  /* of these, opened again */
-    uint64_t nics_lost;       /* times that a NIC of this engine went down */
+    uint64_t lanes_lost;           /* broke while their session went on */
+    uint64_t lanes_restored;       /* of these, opened again */
+    uint64_t nics_lost;            /* times that a NIC of this engine went down */
     uint64_t regions;
     uint64_t counters;
     uint64_t remotes;
@@ -217,8 +267,45 @@ typedef struct {
     uint64_t worker_naps;
     uint64_t worker_sleeps;
     uint64_t helper_turns;
-    uint64_t queue_full;      /* submissions that found a table full */
+    uint64_t queue_full;           /* submissions that found a table full */
+    uint64_t pieces_failed;        /* work requests that the provider reported as failed */
+    uint64_t handshakes_resent;    /* HELLO and WELCOME that were sent again */
+    uint64_t frames_resent;        /* control frames that a lane lost, sent again over another */
+    uint64_t transfers_waiting;    /* not wholly posted */
+    uint64_t transfers_posted;     /* wholly posted, not acknowledged */
+    uint64_t messages_sending;     /* not yet held by the receiver's engine */
+    uint64_t messages_waiting;     /* received, and not yet taken by the application */
+    uint64_t pieces_outstanding;   /* work requests posted, and not reported yet */
+    uint64_t frames_waiting;       /* control frames that a lane lost, to be sent again */
+    uint64_t commands_waiting;     /* submissions and cancellations the worker has not seen yet */
+    uint64_t failures[FAB_ERRORS]; /* of transfers_failed, by -code */
 } fab_stats;
+
+/* What a trace tells of. */
+#define FAB_TRACE_SUBMIT 1 /* a transfer was submitted */
+#define FAB_TRACE_POST 2   /* the provider took its first work request, or fragment */
+#define FAB_TRACE_POSTED 3 /* and the last */
+#define FAB_TRACE_DRAIN 4  /* it will not succeed; `text` says why */
+#define FAB_TRACE_END 5    /* and with the last acknowledgement it ends; `code` says how */
+#define FAB_TRACE_UP 6     /* a peer's session is up */
+#define FAB_TRACE_LOST 7   /* and over; `text` says why */
+#define FAB_TRACE_LANE 8   /* a lane changed its state */
+#define FAB_TRACE_COUNT 9  /* a counter reached what somebody waits for */
+
+typedef struct {
+    int64_t time;            /* of fab_time_ns() */
+    int64_t transfer;        /* handle; 0: it is not about one */
+    int64_t parent;          /* handle of the scatter or barrier that it is part of; 0: none */
+    int64_t imm;             /* counter id; FAB_NO_IMM: none */
+    uint64_t bytes;
+    uint64_t ranges;         /* SUBMIT: submitted; END: acknowledged; COUNT: value */
+    int32_t what;            /* FAB_TRACE_* */
+    int32_t op;              /* FAB_OP_* */
+    int32_t code;            /* END: 0 or FAB_E_*; LANE: FAB_L_* */
+    uint32_t lane;
+    char name[FAB_NAME_MAX]; /* of the peer */
+    char text[FAB_NAME_MAX];
+} fab_trace_event;
 
 typedef struct {
     uint64_t tag;
@@ -256,6 +343,17 @@ void fab_engine_free(fab_engine *e);
 int fab_engine_get_info(fab_engine *e, fab_engine_info *out);
 int fab_engine_nic(fab_engine *e, uint32_t index, fab_nic_info *out);
 int fab_engine_stats(fab_engine *e, fab_stats *out);
+/* Of transfers of one FAB_OP_* that were done: from submission to the end, and to the first work
+ * request. Parts of a scatter or a barrier are not told apart. */
+int fab_engine_latency(fab_engine *e, int op, fab_histogram *whole, fab_histogram *waited);
+/* Returns how many NICs there are, of which up to `max` are written. */
+int fab_engine_nic_stats(fab_engine *e, fab_nic_stats *out, uint32_t max);
+/* Keeps the last `events` events, from now on. */
+int fab_trace_begin(fab_engine *e, uint32_t events);
+/* Takes the oldest events. *lost: how many older ones the trace had no room for, since the last call.
+ * Returns how many were written. */
+int fab_trace_read(fab_engine *e, fab_trace_event *out, uint32_t max, uint64_t *lost);
+int fab_trace_end(fab_engine *e);
 /* One turn of the worker's work by the caller. Returns the number of things that happened. */
 int fab_engine_progress(fab_engine *e);
 
@@ -274,6 +372,8 @@ void fab_unmap(uint64_t base, uint64_t mapped);
 /* ---- peers and what they let us write ---- */
 int64_t fab_peer_add(fab_engine *e, const fab_peer_address *address);
 int fab_peer_get_info(fab_engine *e, int64_t peer, fab_peer_info *out);
+/* Its lanes, up to `max`. Returns how many there are, or were in its last session. */
+int fab_peer_lanes(fab_engine *e, int64_t peer, fab_lane_stats *out, uint32_t max);
 /* Handles of all known peers; returns how many there are. */
 int fab_peer_list(fab_engine *e, int64_t *out, uint32_t max);
 /* Fence: when it returns 0, nothing the peer started lands here any more. */

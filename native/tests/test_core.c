@@ -13,6 +13,7 @@
 #include "core/sha256.h"
 #include "core/shard.h"
 #include "core/slots.h"
+#include "core/stats.h"
 #include "core/worker.h"
 
 /* ---- sharding ---- */
@@ -243,6 +244,25 @@ static void test_hmac(void) /* RFC 4231; its case 5 only cuts the result */
         b[i / 8] ^= (uint8_t)(1 << i % 8);
         CHECK(!fab_mac_equal(a, b), "bit %d does not matter", i);
         b[i / 8] ^= (uint8_t)(1 << i % 8);
+    }
+}
+
+/* ---- times ---- */
+
+/* Bucket i begins where the header says; longer times never fall into an earlier one. */
+static void test_buckets(void)
+{
+    for (uint64_t i = 4; i < FAB_BUCKETS; i++) {
+        uint64_t begin = (4 + i % 4) << (i / 4 - 1);
+        SAME(fab_bucket(begin), i);
+        SAME(fab_bucket(begin - 1), i - 1);
+    }
+    for (uint64_t ns = 0; ns < 4; ns++)
+        SAME(fab_bucket(ns), ns);
+    SAME(fab_bucket(UINT64_MAX), FAB_BUCKETS - 1);
+    for (int i = 0; i < 1000; i++) {
+        uint64_t ns = check_next(&check_state) >> check_random(64);
+        CHECK(fab_bucket(ns) <= fab_bucket(ns + ns / 4 + 1), "%llu ns", (unsigned long long)ns);
     }
 }
 
@@ -1019,6 +1039,7 @@ int main(int argc, char **argv)
     } tests[] = {{"shard bytes", test_shard_bytes},
                  {"shard items", test_shard_items},
                  {"shard weights", test_shard_weights},
+                 {"buckets", test_buckets},
                  {"sha256", test_sha256},
                  {"hmac", test_hmac},
                  {"frames", test_frames},
