@@ -16,7 +16,8 @@ TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[ch])
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test test-softroce test-efa test-sim soak mutants sanitize fuzz ctest lint format wheel clean distclean
+.PHONY: help setup demo test test-softroce test-efa test-sim soak soak-kills chaos mutants sanitize fuzz
+.PHONY: ctest lint format wheel clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +42,12 @@ test-sim: setup ## thousands of simulated histories, one seed (HISTORIES=5000)
 
 soak: setup ## simulated histories, seed after seed, until one fails or it is stopped
 	@while $(SIM) FABRIC_SIM_HISTORIES=$(HISTORIES) .venv/bin/python -m pytest $(SIM_ARGS) --timeout 0; do :; done
+
+soak-kills: setup ## processes that are killed every 200 ms, 5 minutes on local and on tcp (ARGS="--help")
+	@.venv/bin/python -m tests.soak $(ARGS)
+
+chaos: setup ## the same for 2 minutes on two NICs of the emulated guest, whose links go down and lose packets
+	@tests/softroce/chaos $(ARGS)
 
 mutants: setup ## defects put into the core: the tests must see each (ARGS="NAME ...")
 	@$(TOOLS) .venv/bin/python -m tests.mutation $(ARGS)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.fences
 SIZE = scaled(4 << 20)
 LONG = 32_768  # pages: seconds of work
 KINDS = ["alloc", "numpy"]
+WRITTEN = 4096  # of so many bytes, one is another each time that `keep_writing` writes
 
 
 def keep_writing(node: State, descriptor: bytes, imm: int | None) -> str:
@@ -32,7 +33,7 @@ def keep_writing(node: State, descriptor: bytes, imm: int | None) -> str:
     try:
         while time.monotonic() < deadline:
             number += 1
-            view[::4096] = number % 251
+            view[::WRITTEN] = number % 251
             for transfer in [
                 node.engine.write(node.things["src"], remote, imm=imm) for _ in range(3)
             ]:
@@ -42,8 +43,18 @@ def keep_writing(node: State, descriptor: bytes, imm: int | None) -> str:
     return "never"
 
 
+def see_writes(node: State, name: str) -> None:
+    """Return as soon as a byte of a region has changed: then writes are provably under way."""
+    view = commands.see(node, name)[::WRITTEN]
+    before = view.copy()
+    deadline = time.monotonic() + patient(10.0)
+    while (view == before).all():
+        assert time.monotonic() < deadline, "nothing is written: the test shows nothing"
+
+
 def fence_and_watch(node: State, address: bytes, name: str) -> str:
-    """Disconnect, and watch a region from that very moment; says what changed."""
+    """Disconnect in the middle of writes, and watch a region from then on; says what changed."""
+    see_writes(node, name)
     node.engine.disconnect(commands.peer(address))
     return commands.changes(node, name, 0.7)
 
@@ -60,7 +71,6 @@ def test_nothing_lands_after_disconnect(farm: Farm, kind: str, counted: bool) ->
         before = b.stats()["rx_imms"]
         while counted and b.stats()["rx_imms"] < before + 3:
             time.sleep(0.01)
-        time.sleep(0.1)
         assert b.call(fence_and_watch, a.address, "dst") == ""
         value = b.value("count") if counted else 0
         assert writing.result() == "PeerUnreachable"
@@ -107,7 +117,7 @@ def test_disconnect_of_one_leaves_the_others(farm: Farm) -> None:
     imm = b.counter("count")
     writing = a.start(keep_writing, mine, None, thread=True)
     c.write("src", theirs, imm=imm)
-    time.sleep(0.1)
+    b.call(see_writes, "mine")
     running = c.start(many_writes, theirs, imm, 50, thread=True)
     b.call(commands.disconnect, a.address)
     running.result()
@@ -177,7 +187,6 @@ def test_deregister_stops_the_writers(farm: Farm, kind: str) -> None:
     a.region("src", SIZE, 1)
     doomed, other = b.region("doomed", SIZE, 2, kind), b.region("other", SIZE, 2, kind)
     writing = a.start(keep_writing, doomed, None, thread=True)
-    time.sleep(0.2)
     assert b.call(deregister_and_watch, "doomed") == ""
     assert writing.result() == "TransferFailed"
     # Only the region is gone: the session goes on.
@@ -189,7 +198,8 @@ def test_deregister_stops_the_writers(farm: Farm, kind: str) -> None:
 
 
 def deregister_and_watch(node: State, name: str) -> str:
-    """Deregister a region and watch its bytes; says what changed."""
+    """Deregister a region in the middle of writes and watch its bytes; says what changed."""
+    see_writes(node, name)
     region, view = node.things.pop(name), commands.see(node, name)
     node.engine.deregister(region, timeout=10.0)
     deadline = time.monotonic() + 0.5
@@ -267,7 +277,7 @@ def test_disconnect_from_many_threads(farm: Farm) -> None:
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
     writing = a.start(keep_writing, descriptor, None, thread=True)
-    time.sleep(0.1)
+    b.call(see_writes, "dst")
     b.call(disconnect_in_threads, a.address)
     assert b.call(commands.changes, "dst", 0.3) == ""
     assert writing.result() == "PeerUnreachable"

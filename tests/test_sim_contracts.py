@@ -438,3 +438,26 @@ def test_messages_outlive_the_lanes_that_carry_them(seed: int) -> None:
         for transfer in sent:
             transfer.wait(timeout=0)
         assert come == list(range(200))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_newcomer_has_idle_peers_looked_at(kind: str) -> None:
+    """One that died without a word is given up; one that only had no business is not."""
+    with pair(kind) as p:
+        p.meet()
+        idle = p.world.engine("idle", peer_timeout=TIMEOUT)
+        idle.write(idle.alloc(8), p.remote, length=8).wait(timeout=1.0)
+        p.world.kill("a")
+        p.world.run(10 * TIMEOUT)
+        assert p.b.stats().peers_up == 2, "idle engines are to leave each other alone"
+        frames = idle.stats().frames_rx
+        p.world.run(10 * TIMEOUT)
+        assert idle.stats().frames_rx == frames
+        late = p.world.engine("late", peer_timeout=TIMEOUT)
+        late.write(late.alloc(8), p.remote, length=8).wait(timeout=1.0)
+        p.world.run(2 * TIMEOUT)
+        assert [peer.label for peer in p.b.stats().peers if peer.state == "up"] == ["idle", "late"]
+        assert idle.stats().peers_lost == 0
+        frames = idle.stats().frames_rx
+        p.world.run(10 * TIMEOUT)
+        assert idle.stats().frames_rx == frames

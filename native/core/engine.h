@@ -285,6 +285,7 @@ struct fab_peer {
     struct fab_lost_frame *lost, *last_lost;
     uint32_t lost_count;
     bool in_business; /* as of the last tick */
+    bool in_doubt; /* idle, and to be pinged once: see fab_session_doubt_idle() */
     bool ending; /* to be ended in this turn */
     bool no_fence;
     int end_code;

@@ -223,6 +223,7 @@ void fab_session_start(struct fab_peer *p)
         return;
     }
     fab_unbar(e, p);
+    fab_session_doubt_idle(e);
     size_t used = 0;
     for (size_t i = 0; i < sizeof kind_order / sizeof *kind_order; i++) {
         int rc = try_kind(p, kind_order[i]);
@@ -586,8 +587,10 @@ static void on_hello(struct fab_nic *nic, struct fab_origin *origin, struct fab_
         refuse(nic, origin, &h, FAB_E_INVALID, "the shared secret differs");
     else if (fab_barred(e, h.from))
         refuse(nic, origin, &h, FAB_E_UNREACHABLE, barred_text);
-    else
+    else {
+        fab_session_doubt_idle(e);
         enqueue(nic, origin, &h);
+    }
 }
 
 void fab_session_hello(struct fab_nic *nic, struct fab_origin *origin, const uint8_t *bytes,

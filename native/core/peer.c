@@ -34,8 +34,8 @@ bool fab_peer_has_business(const struct fab_peer *p)
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
            p->inflight.head || p->sending.head || p->sent.head || p->grants_open || p->void_count ||
-           p->due_quiesce || p->quiesce_open || p->ending || fab_lanes_have_business(p) ||
-           fab_peer_waited_for(p);
+           p->due_quiesce || p->quiesce_open || p->ending || p->in_doubt ||
+           fab_lanes_have_business(p) || fab_peer_waited_for(p);
 }
 
 /* A peer that nothing refers to and that has no session makes room for a new one. */
@@ -61,8 +61,10 @@ struct fab_peer *fab_peer_new(struct fab_engine *e, const uint8_t *id, const cha
     struct fab_peer *peer = fab_slot_alloc(&e->peers);
     if (!peer && evict_one(e))
         peer = fab_slot_alloc(&e->peers);
-    if (!peer)
+    if (!peer) {
+        fab_session_doubt_idle(e); /* who comes a moment later finds room, if some of them died */
         return NULL;
+    }
     memset((char *)peer + sizeof peer->slot, 0, sizeof *peer - sizeof peer->slot);
     peer->engine = e;
     memcpy(peer->id, id, sizeof peer->id);

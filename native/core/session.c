@@ -137,7 +137,7 @@ static void forget_session(struct fab_peer *p)
     p->voided_any = false;
     p->held_count = 0;
     fab_lanes_forget(p);
-    p->active = p->welcomed = p->has_cookie = p->ending = false;
+    p->active = p->welcomed = p->has_cookie = p->ending = p->in_doubt = false;
     p->due_welcome = p->due_ready = p->due_ping = p->due_pong = p->due_ack = false;
     p->due_voided = p->due_quiesce = p->due_quiesced = false;
     p->void_count = p->void_sent = 0;
@@ -284,6 +284,20 @@ static void check_silence(struct fab_peer *p)
         p->last_ping = e->now;
         p->due_ping = true;
         fab_peer_busy(p);
+    }
+}
+
+/* Where the provider does not tell that a process died, a session without business would stay for
+ * ever, and with it an endpoint and a place in the table. It cannot pile up: each session that begins
+ * has those looked at that were silent for a while. No clock does, so idle engines stay asleep. */
+void fab_session_doubt_idle(struct fab_engine *e)
+{
+    uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
+    for (uint32_t i = 0; i < touched; i++) {
+        struct fab_peer *p = fab_slot_at(&e->peers, i);
+        if (fab_slot_live(p) && atomic_load_explicit(&p->state, memory_order_relaxed) == FAB_P_UP &&
+            e->now - p->last_heard > e->config.peer_timeout_ns / 4)
+            p->in_doubt = true; /* until a frame comes */
     }
 }
 
@@ -504,6 +518,7 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
         p->rx_frames++;
         p->engine->stats.frames_rx++;
         p->last_heard = p->engine->now;
+        p->in_doubt = false;
         if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);
         fab_lanes_heard(p, lane);

@@ -22,6 +22,8 @@ void fab_session_abandon(struct fab_peer *peer);
 /* Control frames that are due, retransmission, the end of doomed sessions. Returns how many
  * things happened. */
 int fab_session_serve(struct fab_peer *peer);
+/* Somebody comes: peers with whom there is no business are asked whether they are still there. */
+void fab_session_doubt_idle(struct fab_engine *e);
 /* Liveness and deadlines; every FAB_TICK_NS. */
 void fab_session_tick(struct fab_peer *peer);
 /* A frame on one of the peer's lanes; a first frame on none. */
