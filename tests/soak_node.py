@@ -14,7 +14,6 @@ that peer, which is taken back before the memory is used again.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 import time
