@@ -244,13 +244,21 @@ class Soak:
         """Let the survivors come to an end, and see that they hold nothing and still work."""
         ends = [node.start(soak_node.finish_lines) for node in self.living]
         for end in ends:
-            end.result(2 * soak_node.finish_seconds())
+            self.watched(end)
         for node in self.living:
-            if held := node.call(soak_node.finish, within=2 * soak_node.finish_seconds()):
+            if held := self.watched(node.start(soak_node.finish)):
                 self.violation(f"{node.name} still holds {held}")
             (self.places.roster / node.name).unlink()
         self.read_log()
         self.part()
+
+    def watched(self, pending: Pending) -> Any:
+        """Return what a command returns, and look for what hangs in the meantime."""
+        deadline = now() + 2 * soak_node.finish_seconds()
+        while not pending.done() and now() < deadline:
+            time.sleep(0.05)
+            self.look()
+        return pending.result(1.0)
 
     def part(self) -> None:
         """See that no session is left, not even one with a process that died while it was idle.
