@@ -15,7 +15,7 @@ import pytest
 
 import fabric
 from tests import commands
-from tests.scale import SLOW, patient
+from tests.scale import SLOW, patient, scaled
 from tests.test_death import exchange
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.node import State
 
 SENDERS = 4
-IMMEDIATES = 100_000  # of all senders together; the SoftRoCE guest makes as many
+IMMEDIATES = 100_000  # of all senders together
 WINDOW = 4000  # transfers that a sender has under way
 CELL = 8  # bytes that go with an immediate where some go with it
 SIZE = 64 << 10  # of what others write meanwhile
@@ -75,9 +75,8 @@ def stop_writing(node: State) -> None:
     node.things["over"].set()
 
 
-def begin_burst(farm: Farm, how: str, receiver: Node, imm: int) -> list[Pending]:
+def begin_burst(farm: Farm, how: str, receiver: Node, imm: int, each: int) -> list[Pending]:
     """Let all senders begin; each has said hello before."""
-    each = IMMEDIATES // SENDERS
     senders = [farm(f"s{i}", peer_timeout=PEER_TIMEOUT) for i in range(SENDERS)]
     works: list[tuple[Node, Callable[..., None], bytes]] = []
     for number, sender in enumerate(senders):
@@ -99,15 +98,18 @@ def begin_burst(farm: Farm, how: str, receiver: Node, imm: int) -> list[Pending]
 def test_a_hundred_thousand_immediates(farm: Farm, how: str, pause: bool) -> None:
     """Every one is counted, and another's transfers go on: to the receiver, and past it.
 
-    With `pause`, the receiver stands still for a while, so that all queues to it are full.
+    With `pause`, the receiver stands still for a while, so that all queues to it are full. In the
+    SoftRoCE guest Python takes most of the time for single ones, so fewer are raised there one by
+    one (all 100 000 took 60 to 80 s); in one call they are as many as elsewhere.
     """
+    count = scaled(IMMEDIATES, less=10) if how == "bare" else IMMEDIATES
     receiver, other, third = (farm(name, peer_timeout=PEER_TIMEOUT) for name in ("r", "o", "t"))
     imm, apart, past = receiver.counter("count"), receiver.counter("a"), third.counter("p")
     other.region("src", SIZE, 3)
     targets = [(receiver.region("apart", SIZE, 2), apart), (third.region("past", SIZE, 2), past)]
     for descriptor, number in targets:
         other.write("src", descriptor, imm=number)
-    burst = begin_burst(farm, how, receiver, imm)
+    burst = begin_burst(farm, how, receiver, imm, count // SENDERS)
     begin = time.monotonic()
     # To one that stands still nothing goes, so with `pause` it is the third that is written to.
     writing = other.start(write_until_told, *targets[1 if pause else 0], thread=True)
@@ -121,11 +123,11 @@ def test_a_hundred_thousand_immediates(farm: Farm, how: str, pause: bool) -> Non
     seconds = time.monotonic() - begin
     other.call(stop_writing)
     times = writing.result()
-    total = IMMEDIATES + SENDERS
+    total = count + SENDERS
     receiver.wait("count", total, 30.0)
     assert receiver.settled("count", total) == total
     print(
-        f"{farm.provider}: {IMMEDIATES} immediates, {how}, in {seconds:.2f} s; meanwhile"
+        f"{farm.provider}: {count} immediates, {how}, in {seconds:.2f} s; meanwhile"
         f" {len(times)} writes of another, the slowest in {max(times) * 1e3:.0f} ms"
     )
     assert times, "nobody else got on"
