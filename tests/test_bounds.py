@@ -21,6 +21,7 @@ COUNTERS = 65536
 REGIONS = 4096
 TRANSFERS = 16384
 SIZE = 4096
+PATIENT = 60.0
 TICKS = 10
 """How often an event loop comes round while a submission waits on it for room."""
 
@@ -118,7 +119,7 @@ def wait_for_all(node: State) -> None:
 
 def test_transfers(farm: Farm) -> None:
     """Full means back-pressure: one may wait for room, in threads and in asyncio."""
-    a, b = farm("a"), farm("b")
+    a, b = (farm(name, peer_timeout=PATIENT) for name in ("a", "b"))  # one of them stands still
     a.region("src", SIZE, 1)
     descriptor = b.region("dst", SIZE, 2)
     imm = b.counter("count")
@@ -133,6 +134,7 @@ def test_transfers(farm: Farm) -> None:
     deadline = time.monotonic() + patient(10.0)
     while a.call(ticks_so_far) <= TICKS:
         assert time.monotonic() < deadline, "the event loop was blocked"
+        time.sleep(0.1)
     time.sleep(0.5)
     assert not any(pending.done() for pending in waiting)
     b.thaw()
