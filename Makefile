@@ -59,8 +59,8 @@ sanitize: setup ## Python tests under ASan and UBSan, closing under valgrind (AR
 	@$(TOOLS) scripts/valgrind
 	@$(TOOLS) .venv/bin/python -m tests.sanitize $(ARGS)
 
-fuzz: setup ## libFuzzer on what peers and strangers may send (FUZZ_SECONDS=60)
-	@$(TOOLS) scripts/fuzz $(or $(FUZZ_SECONDS),60)
+fuzz: setup ## libFuzzer on what peers and strangers may send (SECONDS=60 of each target)
+	@$(TOOLS) scripts/fuzz $(or $(SECONDS),60)
 
 lint: setup ## ruff, mypy, clang-format
 	@$(TOOLS) scripts/lint

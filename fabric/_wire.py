@@ -11,6 +11,9 @@ from ._native import lib
 
 U64_MAX = (1 << 64) - 1
 LABEL_BYTES: int = lib.FAB_NAME_MAX - 1
+ARRAY_MAX = 64
+"""Items of an array: more than any field has. Its head says how many follow, and msgpack makes
+room for them before it looks: nested ones would take megabytes for each kilobyte."""
 
 
 def pack(value: Any) -> bytes:
@@ -32,11 +35,16 @@ def unpack(name: str, data: bytes | bytearray | memoryview, limit: int) -> Any:
         raise WireError(f"{name}: {len(data)} bytes; the limit is {limit}")
     try:
         return msgpack.unpackb(
-            data, raw=False, strict_map_key=True, max_map_len=0, max_ext_len=0, max_array_len=limit
+            data, raw=False, max_map_len=0, max_ext_len=0, max_array_len=ARRAY_MAX
         )
     except (ValueError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise WireError(f"{name}: not one msgpack value: {reason}") from None
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def versioned(name: str, value: Any, magic: str, version: int, length: int) -> list[Any]:
@@ -48,7 +56,7 @@ def versioned(name: str, value: Any, magic: str, version: int, length: int) -> l
     if not isinstance(value, list) or len(value) < 2 or value[0] != magic:
         raise WireError(f"{name}: does not begin with {magic!r}")
     if type(value[1]) is not int or value[1] != version:
-        raise WireError(f"{name}.version: {value[1]!r} is unknown; this is version {version}")
+        raise WireError(f"{name}.version: {_brief(value[1])} is unknown; this is version {version}")
     return array(name, value, length, length)
 
 

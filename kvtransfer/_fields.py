@@ -8,6 +8,10 @@ import msgpack
 
 from fabric import WireError
 
+MAX_ITEMS = 64
+"""Of one map or array: more than any message has. Their heads say how many items follow, and
+msgpack makes room for them before it looks: nested ones would take megabytes for each kilobyte."""
+
 
 class Fields:
     """A decoded map from which each field is taken once; `end` refuses what is left.
@@ -26,7 +30,13 @@ class Fields:
         if len(raw) > limit:
             raise WireError(f"message: {len(raw)} bytes, more than {limit}")
         try:
-            values = msgpack.unpackb(raw, object_pairs_hook=_unique)
+            values = msgpack.unpackb(
+                raw,
+                object_pairs_hook=_unique,
+                max_map_len=MAX_ITEMS,
+                max_array_len=MAX_ITEMS,
+                max_ext_len=0,
+            )
         except WireError:
             raise
         except (ValueError, msgpack.UnpackException) as error:
@@ -50,24 +60,29 @@ class Fields:
     def text(self, name: str, limit: int) -> str:
         value = self._take(name)
         if type(value) is not str or len(value.encode(errors="replace")) > limit:
-            raise self.error(name, f"text of at most {limit} bytes was expected")
+            raise self.error(
+                name, f"text of at most {limit} bytes was expected, not {_brief(value)}"
+            )
         return value
 
     def data(self, name: str, limit: int, low: int = 0) -> bytes:
         value = self._take(name)
         if type(value) is not bytes or not low <= len(value) <= limit:
-            raise self.error(name, f"from {low} to {limit} bytes were expected")
+            got = f"{len(value)} bytes" if isinstance(value, bytes) else _brief(value)
+            raise self.error(name, f"from {low} to {limit} bytes were expected, not {got}")
         return value
 
     def nested(self, name: str) -> Fields:
         value = self._take(name)
         if not isinstance(value, dict):
-            raise self.error(name, "a map was expected")
+            raise self.error(name, f"a map was expected, not {_brief(value)}")
         return Fields(value, f"{self._prefix}{name}.")
 
     def end(self) -> None:
         if self._values:
-            raise self.error(next(iter(self._values)), "unknown field")
+            name = next(iter(self._values))
+            short = len(name) <= 40 and name.isprintable()
+            raise self.error(name if short else _brief(name), "unknown field")
 
     def _take(self, name: str) -> Any:
         try:

@@ -1,7 +1,8 @@
 """First inputs for the fuzz targets of native/fuzz: `python -m tests.fuzz_seeds FOLDER`.
 
 They are written anew each time, from what the targets read: a frame of every type with a body of
-the right length, alone and one after the other; first frames; addresses and descriptors.
+the right length, alone and one after the other; first frames and answers to them; addresses and
+descriptors; what the providers read before the core does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 
 KINDS = range(3)  # of the simulated world
-FRAME, RAW, WRITE, WRITE_OUT, SEND, RECEIVE, CANCEL, DEREGISTER, TIME = range(9)
+(
+    FRAME, RAW, WRITE, WRITE_OUT, SEND, RECEIVE, CANCEL, DEREGISTER, TIME, FITTING, NIC,
+) = range(11)  # fmt: skip
 BLOB = 64
 # The frame's number, and a body of the length that native/core/session.c expects.
 BODIES: dict[str, tuple[int, bytes]] = {
@@ -48,6 +51,9 @@ WORK = (
     bytes([DEREGISTER]),
     bytes([TIME, 5]),
     bytes([RAW, 4]) + b"\xb1\xfa\x01\x07",
+    bytes([NIC, 0]),
+    bytes([NIC, 1]),
+    *(bytes([FITTING, kind << 2 | side]) + bytes(4) for kind in range(12) for side in range(4)),
 )
 
 
@@ -74,19 +80,88 @@ def sessions(rng: random.Random) -> list[bytes]:
     return alone + mixed
 
 
+def greeting(how: int = 0, extra: bytes = b"", lanes: int = 2) -> bytes:
+    """Return what fuzz_greet() reads: a HELLO or WELCOME with nothing replaced but by `how`."""
+    return bytes([how]) + extra + lanes * bytes([0, 1]) + b"\0"
+
+
 def contacts(rng: random.Random) -> list[bytes]:
     """Return inputs of fuzz_contact."""
     result = []
-    for how in range(32):
+    for how in range(64):
         for lanes in range(4):
-            body = bytes(rng.randrange(256) for _ in range(200))
+            body = rng.randbytes(200)
             foreign = bytes([0, rng.randrange(2), 7]) + struct.pack("<H", len(body)) + body
-            good = bytes([1, 5, 0, 1, lanes, 0]) + struct.pack("<Q", 10**9) + bytes([0, 0])
-            lane = bytes([0, 0, 1]) + bytes(8) + bytes([0])
-            steps = [foreign, good + lanes * lane + b"\0", b"\2", b"\3\7"]
+            good = b"\1" + greeting(16, bytes([lanes]), lanes) + b"\0"
+            steps = [foreign, good, b"\1" + greeting() + b"\0", b"\2", b"\3\1", b"\4\7"]
             rng.shuffle(steps)
             result.append(bytes([how]) + b"".join(steps))
     return result
+
+
+def answers(rng: random.Random) -> list[bytes]:
+    """Return inputs of fuzz_answer."""
+    welcome = bytes([0, 0]) + greeting()
+    challenge = bytes([1, 0, 0]) + bytes(64)
+    refuse = bytes([2, 0, 0]) + bytes(64)
+    hello = bytes([3, 0]) + greeting()
+    ready = bytes([4, 0, BODIES["READY"][0], 0])
+    steps = [welcome, challenge, refuse, hello, ready, b"\5", b"\6", b"\7\7"]
+    result = [bytes([how]) + step + b"\7\7" for how in range(16) for step in steps]
+    for _ in range(50):
+        chosen = [welcome, *(rng.choice(steps) for _ in range(10))]
+        rng.shuffle(chosen)
+        result.append(bytes([rng.randrange(16)]) + challenge + b"".join(chosen))
+    return result
+
+
+def datagrams(rng: random.Random) -> list[bytes]:
+    """Return inputs of fuzz_verbs: frames cut into several datagrams, and blobs."""
+    result = [bytes([0, 0]) + rng.randbytes(60) for _ in range(10)]
+    for count in (1, 2, 5, 32):
+        for length in (100, 1025, 4351):
+            numbers = rng.sample(range(count), count)
+            who = rng.randrange(32)
+            result.append(
+                b"".join(
+                    struct.pack("<BBBHBBB", 1, 0, who, length, count - 1, number, 1)
+                    for number in numbers
+                )
+            )
+    return result
+
+
+def libfabric(rng: random.Random) -> list[bytes]:
+    """Return inputs of fuzz_ofi."""
+    return [bytes([how]) + rng.randbytes(200) for how in range(64)]
+
+
+def neighbours(rng: random.Random) -> list[bytes]:
+    """Return inputs of fuzz_local: a stranger that is let in, and then does this and that."""
+    note, frame, imm, pull, answer, scribble, post, poll, admit, say = range(10)
+    setup, reads, map_ = 1, 2, 3
+    come_in = bytes([note, setup, 0, 0, frame, 1]) + bytes(14) + bytes([0, poll, poll])
+    come_in += bytes([admit, 1, poll, note, reads, 0, 0, 0, poll])
+    mapping = bytes([note, map_, 0, 5, 0, poll])
+    steps = [
+        mapping,
+        bytes([imm, 1, poll]),
+        bytes([pull, 0, 1, 1, 7, 0, 0, 0, 5]) + struct.pack("<HHH", 0, 8, 100) + bytes([poll]),
+        bytes([pull, 1, 1, 0, 7, 0, 0, 0, 5]) + struct.pack("<HHH", 0, 8, 100) + bytes([poll]),
+        bytes([post, 100, 1, 7, 1, poll]),
+        bytes([post, 0, 0, 7, 1, poll]),
+        bytes([answer, 4, 1, poll]),
+        bytes([scribble, 1, 1, 16]) + struct.pack("<I", 1) + bytes([poll]),
+        bytes([frame, 1]) + bytes(14) + bytes([0, poll]),
+        bytes([note, 4, 0, 5, 0, poll]),
+        bytes([say, 8, poll]),
+    ]
+    dialled = come_in[:6] + bytes([poll, note, reads, 0, 0, 0, poll])
+    result = [bytes([0]) + come_in + mapping + step for step in steps]
+    for way in range(6):
+        begin = bytes([way]) + (dialled if way & 4 else come_in)
+        result += [begin + b"".join(rng.choice(steps) for _ in range(20)) for _ in range(10)]
+    return [*result, come_in[:40], bytes([0, frame, 1]) + bytes(15)]
 
 
 def addresses(rng: random.Random) -> list[bytes]:
@@ -105,6 +180,10 @@ def main() -> None:
         ("fuzz_session", sessions(rng)),
         ("fuzz_contact", contacts(rng)),
         ("fuzz_address", addresses(rng)),
+        ("fuzz_answer", answers(rng)),
+        ("fuzz_verbs", datagrams(rng)),
+        ("fuzz_ofi", libfabric(rng)),
+        ("fuzz_local", neighbours(rng)),
     ):
         folder = Path(sys.argv[1]) / name
         folder.mkdir(parents=True, exist_ok=True)

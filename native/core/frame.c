@@ -125,6 +125,19 @@ uint64_t fab_get_u64(struct fab_reader *r)
     return v;
 }
 
+/* What strangers say ends up in logs and on terminals: it shall not move the cursor there, nor look like
+ * a line of ours. C1 controls are two bytes in UTF-8. */
+static void make_printable(char *text)
+{
+    for (unsigned char *at = (unsigned char *)text; *at; at++) {
+        bool c1 = at[0] == 0xC2 && at[1] >= 0x80 && at[1] < 0xA0;
+        if (*at < ' ' || *at == 0x7F || c1)
+            *at = '?';
+        if (c1)
+            *++at = '?';
+    }
+}
+
 void fab_get_text(struct fab_reader *r, char *out, size_t size)
 {
     uint16_t length;
@@ -135,6 +148,7 @@ void fab_get_text(struct fab_reader *r, char *out, size_t size)
         length = 0;
     fab_get(r, out, length);
     out[length] = 0;
+    make_printable(out);
 }
 
 bool fab_read_end(const struct fab_reader *r)
@@ -179,6 +193,7 @@ int fab_read_hello(struct fab_reader *r, struct fab_hello *h)
         h->nic_count > FAB_MAX_NICS || h->contact >= h->lane_count ||
         h->fragments < FAB_MESSAGE_FRAMES || !h->session || h->label[sizeof h->label - 1])
         return -EPROTO;
+    make_printable(h->label);
     read_lanes(r, h);
     h->signed_bytes = r->at - start;
     fab_get(r, h->mac, sizeof h->mac);

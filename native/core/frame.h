@@ -99,7 +99,8 @@ int fab_read_header(struct fab_reader *r, const uint8_t *bytes, uint32_t length,
 void fab_get(struct fab_reader *r, void *out, size_t length);
 uint32_t fab_get_u32(struct fab_reader *r);
 uint64_t fab_get_u64(struct fab_reader *r);
-void fab_get_text(struct fab_reader *r, char *out, size_t size); /* always zero-terminated */
+/* Always zero-terminated; what does not print is a question mark. */
+void fab_get_text(struct fab_reader *r, char *out, size_t size);
 bool fab_read_end(const struct fab_reader *r);                   /* all read, nothing missing */
 int fab_read_hello(struct fab_reader *r, struct fab_hello *out); /* 0, or -EPROTO */
 

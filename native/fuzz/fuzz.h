@@ -12,6 +12,7 @@
 #include "core/engine.h"
 #include "core/frame.h"
 #include "core/peer.h"
+#include "core/sink.h"
 #include "core/worker.h"
 #include "fabric.h"
 #include "providers/provider.h"
@@ -59,6 +60,13 @@ static inline uint16_t fuzz_u16(struct fuzz_input *in)
     return v;
 }
 
+static inline uint32_t fuzz_u32(struct fuzz_input *in)
+{
+    uint32_t v;
+    fuzz_eat(in, &v, sizeof v);
+    return v;
+}
+
 static inline uint64_t fuzz_u64(struct fuzz_input *in)
 {
     uint64_t v;
@@ -75,21 +83,24 @@ struct fuzz_pair {
     uint64_t into, mapped;
 };
 
+/* The low bits say how the world's NICs work, the high ones whose id is smaller. */
 static inline void fuzz_world(uint8_t kind)
 {
     fab_sim_config world = {
-        .seed = 7, .flavour = 1 + kind % 3, .delay_ns = 1000, .jitter_ns = 5000};
+        .seed = 7 + (kind >> 6), .flavour = 1 + kind % 3, .delay_ns = 1000, .jitter_ns = 5000};
     setenv("FABRIC_LOG_LEVEL", "error", 0);
     MUST(!fab_sim_begin(&world));
 }
 
-static inline fab_engine *fuzz_engine(const char *first, const char *second, const char *secret)
+static inline fab_engine *fuzz_engine(const char *first, const char *second, const char *secret,
+                                      bool asks)
 {
     const char *nics[2] = {first, second};
     fab_engine_config config = {.provider = "sim",
                                 .nics = nics,
                                 .nic_count = second ? 2 : 1,
                                 .cpu = -1,
+                                .ask_accept = asks,
                                 .secret = (const uint8_t *)secret,
                                 .secret_len = secret ? (uint32_t)strlen(secret) : 0,
                                 .peer_timeout_ns = FUZZ_SECOND / 2};
@@ -128,16 +139,16 @@ static inline void fuzz_steps(int n)
         fab_sim_step(-1);
 }
 
-/* Two engines, each with a region and both with an address, and no session. */
-static inline void fuzz_open(struct fuzz_pair *p, uint8_t kind, const char *secret)
+/* Two engines, each with a region and both with an address, and no session. b may ask who is let in. */
+static inline void fuzz_open(struct fuzz_pair *p, uint8_t kind, const char *secret, bool asks)
 {
     static uint8_t memory[FUZZ_MEMORY];
     fab_nic_info nics[FAB_MAX_NICS];
     fab_region_info info;
     memset(p, 0, sizeof *p);
     fuzz_world(kind);
-    p->a = fuzz_engine("a0", "a1", secret);
-    p->b = fuzz_engine("b0", "b1", secret);
+    p->a = fuzz_engine("a0", "a1", secret, false);
+    p->b = fuzz_engine("b0", "b1", secret, asks);
     fab_peer_address address = fuzz_address(p->b, nics);
     MUST((p->to_b = fab_peer_add(p->a, &address)) > 0);
     address = fuzz_address(p->a, nics);
@@ -162,9 +173,38 @@ static inline void fuzz_meet(struct fuzz_pair *p)
     MUST(!fab_transfer_release(p->a, t));
 }
 
+static inline bool fuzz_prints(const char *text)
+{
+    while (*text && (unsigned char)*text >= ' ' && *text != 0x7F)
+        text++;
+    return !*text;
+}
+
+/* What no frame may change: the bounds of what is kept for a peer. */
+static inline void fuzz_sane(fab_engine *e)
+{
+    uint32_t touched = atomic_load(&e->peers.touched);
+    MUST(e->newcomer_count <= FAB_NEWCOMERS);
+    MUST(atomic_load(&e->inbox_count) <= FAB_MAX_QUEUED);
+    for (uint32_t i = 0; i < touched; i++) {
+        const struct fab_peer *p = fab_slot_at(&e->peers, i);
+        if (!fab_slot_live(p))
+            continue;
+        MUST(fuzz_prints(p->label) && fuzz_prints(p->text) && fuzz_prints(p->end_text));
+        MUST(p->lane_count <= FAB_MAX_LANES && p->grant_count <= FAB_MAX_REGIONS);
+        MUST(p->grants_open <= FAB_GRANTS_ASKED && p->asked_count <= 2 * FAB_GRANTS_ASKED);
+        MUST(p->void_sent <= p->void_count && p->held_count <= FAB_VOIDS_PER_FRAME);
+        MUST(p->lost_count <= FAB_LOST_FRAMES);
+        MUST(p->rx_limit - p->rx_next <= FAB_MESSAGE_FRAMES);
+        MUST(!p->rx_partial || p->rx_filled <= p->rx_partial->length);
+    }
+}
+
 static inline void fuzz_close(struct fuzz_pair *p)
 {
     fuzz_steps(FUZZ_STEPS);
+    fuzz_sane(p->a);
+    fuzz_sane(p->b);
     fab_engine_free(p->a);
     fab_engine_free(p->b);
     fab_unmap(p->into, p->mapped);
@@ -176,6 +216,18 @@ static inline struct fab_lane *fuzz_lane(fab_engine *e, const fab_engine *peer, 
 {
     struct fab_peer *p = fab_peer_find(e, peer->id);
     return p && number < p->lane_count ? p->lanes[number] : NULL;
+}
+
+/* As a NIC does that received it. */
+static inline void fuzz_deliver(fab_engine *e, struct fab_lane *lane, const uint8_t *bytes,
+                                uint32_t length)
+{
+    fab_lock(e);
+    e->now = fab_now();
+    fab_core_sink.frame(lane, bytes, length, -1);
+    fab_serve(e);
+    fab_unlock(e);
+    fuzz_sane(e);
 }
 
 #endif

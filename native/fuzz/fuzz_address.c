@@ -73,7 +73,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     struct fuzz_input in = {bytes, size};
     struct fuzz_pair p;
     uint8_t how = fuzz_u8(&in);
-    fuzz_open(&p, how, NULL);
+    fuzz_open(&p, how, NULL, false);
     if (how & 8)
         fuzz_meet(&p);
     while (in.left) {

@@ -500,6 +500,28 @@ static void test_hello(void)
     }
 }
 
+/* A stranger's label and reasons are logged, and shown on terminals. */
+static void test_texts_print(void)
+{
+    static const char said[] = "a\nb\x1b[2J\x7f\xc3\xa9\xc2\x9b\xc2\xa9 z\xc2";
+    static const char heard[] = "a?b?[2J?\xc3\xa9?"
+                                "?\xc2\xa9 z\xc2";
+    char text[FAB_TEXT_MAX];
+    struct fab_hello h, got;
+    struct fab_writer w;
+    random_hello(&h);
+    memset(h.label, 0, sizeof h.label);
+    memcpy(h.label, said, sizeof said);
+    write_hello(&w, &h);
+    CHECK(!read_hello(w.bytes, w.used, &got), "a hello was refused");
+    CHECK(!strcmp(got.label, heard), "%s", got.label);
+    w.used = 0;
+    fab_put_text(&w, said);
+    struct fab_reader r = {.bytes = w.bytes, .length = w.used};
+    fab_get_text(&r, text, sizeof text);
+    CHECK(fab_read_end(&r) && !strcmp(text, heard), "%s", text);
+}
+
 static void test_hello_fuzz(void)
 {
     uint32_t taken = 0;
@@ -1045,6 +1067,7 @@ int main(int argc, char **argv)
                  {"frames", test_frames},
                  {"bad headers", test_bad_headers},
                  {"hello", test_hello},
+                 {"texts print", test_texts_print},
                  {"hello fuzz", test_hello_fuzz},
                  {"reader fuzz", test_reader_fuzz},
                  {"writer bound", test_writer_bound},
