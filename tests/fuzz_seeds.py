@@ -14,8 +14,8 @@ from pathlib import Path
 
 KINDS = range(3)  # of the simulated world
 (
-    FRAME, RAW, WRITE, WRITE_OUT, SEND, RECEIVE, CANCEL, DEREGISTER, TIME, FITTING, NIC,
-) = range(11)  # fmt: skip
+    FRAME, RAW, WRITE, WRITE_OUT, SEND, RECEIVE, CANCEL, DEREGISTER, TIME, FITTING, NIC, ASK,
+) = range(12)  # fmt: skip
 BLOB = 64
 # The frame's number, and a body of the length that native/core/session.c expects.
 BODIES: dict[str, tuple[int, bytes]] = {
@@ -51,9 +51,11 @@ WORK = (
     bytes([DEREGISTER]),
     bytes([TIME, 5]),
     bytes([RAW, 4]) + b"\xb1\xfa\x01\x07",
+    *(bytes([ASK, 1, FITTING, 4 << 2 | 1, how]) + bytes(4) for how in range(0, 64, 3)),
     bytes([NIC, 0]),
     bytes([NIC, 1]),
     *(bytes([FITTING, kind << 2 | side]) + bytes(4) for kind in range(12) for side in range(4)),
+    *(bytes([FITTING, side, how]) + b"\x50\x20" + bytes(4) for how in range(32) for side in (0, 1)),
 )
 
 
@@ -119,7 +121,7 @@ def datagrams(rng: random.Random) -> list[bytes]:
     """Return inputs of fuzz_verbs: frames cut into several datagrams, and blobs."""
     result = [bytes([0, 0]) + rng.randbytes(60) for _ in range(10)]
     for count in (1, 2, 5, 32):
-        for length in (100, 1025, 4351):
+        for length in (100, 1025, 4351, 4352, 4400):
             numbers = rng.sample(range(count), count)
             who = rng.randrange(32)
             result.append(
@@ -157,6 +159,10 @@ def neighbours(rng: random.Random) -> list[bytes]:
         bytes([say, 8, poll]),
     ]
     dialled = come_in[:6] + bytes([poll, note, reads, 0, 0, 0, poll])
+    for how in range(32):
+        odd = struct.pack("<HHH", rng.randrange(1 << 16), rng.randrange(4200), rng.randrange(4200))
+        head = bytes([pull, how, 1, 1, 7, 0, 0, 0, 5])
+        steps.append(head + odd + rng.randbytes(8 * (how & 14).bit_count() + 1) + bytes([poll]))
     result = [bytes([0]) + come_in + mapping + step for step in steps]
     for way in range(6):
         begin = bytes([way]) + (dialled if way & 4 else come_in)

@@ -52,7 +52,9 @@ static void put_frame(struct fuzz_pair *p, struct fuzz_input *in, struct fab_wri
 static void give(struct fuzz_pair *p, struct fuzz_input *in, enum step step)
 {
     struct fab_lane *lane = fuzz_lane(p->a, p->b, fuzz_u8(in) & 1);
+    uint32_t before = atomic_load(&other(p)->state);
     struct fab_writer w;
+    bool forged = false;
     if (step == HELLO) {
         fuzz_greet(in, p->b, p->a, FAB_F_HELLO, 0, &w);
         fab_lock(p->a);
@@ -63,13 +65,15 @@ static void give(struct fuzz_pair *p, struct fuzz_input *in, enum step step)
         return;
     }
     if (step == WELCOME)
-        fuzz_greet(in, p->b, p->a, FAB_F_WELCOME, other(p)->mine, &w);
+        forged = fuzz_greet(in, p->b, p->a, FAB_F_WELCOME, other(p)->mine, &w);
     else if (step == FRAME)
         put_frame(p, in, &w);
     else
         put_answer(p, in, &w, step == CHALLENGE ? FAB_F_CHALLENGE : FAB_F_REFUSE);
     if (lane)
         fuzz_deliver(p->a, lane, w.bytes, w.used);
+    MUST(!forged || !p->a->config.secret_len || before == FAB_P_UP ||
+         atomic_load(&other(p)->state) != FAB_P_UP);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)

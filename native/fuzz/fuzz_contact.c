@@ -3,11 +3,13 @@
  */
 #include "greeting.h"
 
-static void deliver(struct fuzz_pair *p, uint8_t nic, const struct fab_writer *w)
+static void deliver(struct fuzz_pair *p, uint8_t nic, const struct fab_writer *w, bool forged)
 {
+    uint32_t newcomers = p->b->newcomer_count;
     fab_lock(p->b);
     p->b->now = fab_now();
     fab_core_sink.hello(p->b->nics[nic & 1], NULL, w->bytes, w->used);
+    MUST(!forged || !p->b->config.secret_len || p->b->newcomer_count == newcomers);
     fab_serve(p->b);
     fab_unlock(p->b);
     fuzz_sane(p->b);
@@ -26,15 +28,15 @@ static void give_any(struct fuzz_pair *p, struct fuzz_input *in)
     fab_frame_begin(&w, how & 4 ? FAB_F_HELLO : (enum fab_frame_type)(how >> 3), fuzz_u8(in));
     fab_put(&w, body, length);
     fab_frame_end(&w);
-    deliver(p, nic, &w);
+    deliver(p, nic, &w, false);
 }
 
 /* A HELLO that is right in every field, with some of them replaced. */
 static void give_good(struct fuzz_pair *p, struct fuzz_input *in)
 {
     struct fab_writer w;
-    fuzz_greet(in, p->a, p->b, FAB_F_HELLO, 0, &w);
-    deliver(p, fuzz_u8(in), &w);
+    bool forged = fuzz_greet(in, p->a, p->b, FAB_F_HELLO, 0, &w);
+    deliver(p, fuzz_u8(in), &w, forged);
 }
 
 /* The application's word on the next one who waits for it, or on nobody. */

@@ -98,6 +98,11 @@ static void poll_nic(void)
     (void)provider->arm(the.nic); /* looks at all lanes, */
     provider->disarm(the.nic); /* and the next poll at all sockets */
     (void)provider->poll(the.nic, 64);
+    const struct local_lane *lane = (const struct local_lane *)the.lane;
+    if (!lane)
+        return;
+    MUST(lane->asked - lane->answered <= LOCAL_PULLS && lane->tail - lane->head <= LOCAL_WORK);
+    MUST(lane->staging_tail - lane->staging_head <= LOCAL_STAGING);
 }
 
 static void admit(bool yes)

@@ -18,6 +18,7 @@ enum step {
     TIME,
     FITTING, /* a frame with the numbers that its receiver waits for, or nearly */
     NIC, /* of b goes down, or is back */
+    ASK, /* for a region, with a secret that may be wrong */
     STEPS
 };
 
@@ -46,11 +47,13 @@ static void put_fragment(struct fuzz_input *in, const struct fab_peer *peer, str
 {
     uint8_t bytes[FAB_FRAGMENT_MAX] = {0}, how = fuzz_u8(in);
     uint32_t total = fuzz_u16(in), at = how & 1 ? fuzz_u16(in) : peer->rx_filled;
-    uint32_t length = how & 2 ? fuzz_u16(in) % sizeof bytes : total - at;
+    uint32_t length = how & 2 ? fuzz_u16(in) % (sizeof bytes + 1) : total - at;
     if (peer->rx_partial && !(how & 4))
         total = peer->rx_partial->length;
     if (!(how & 2) && total - at < sizeof bytes)
         length = total - at;
+    if (how & 16)
+        length = sizeof bytes; /* as of one that is not the last */
     fab_put_u32(w, peer->rx_next + (how & 8 ? fuzz_u8(in) % 20 : 0));
     fab_put_u32(w, total);
     fab_put_u32(w, at);
@@ -68,7 +71,7 @@ static void put_grant(struct fuzz_input *in, const struct fab_peer *peer, struct
     fab_put_u32(w, how & 4 ? fuzz_u32(in) : 0);
     fab_put_u32(w, how & 8);
     fab_put_u64(w, how & 16 ? fuzz_u64(in) : FUZZ_MEMORY);
-    fab_put_u32(w, how & 32 ? fuzz_u8(in) : count);
+    fab_put_u32(w, how & 32 ? fuzz_u32(in) : count);
     for (uint32_t i = 0; i < 2u * count; i++)
         fab_put_u64(w, fuzz_u64(in));
 }
@@ -151,6 +154,18 @@ static void give(struct fuzz_pair *p, struct fuzz_input *in, enum step step)
         give_raw(p, in);
 }
 
+static int64_t ask(struct fuzz_pair *p, struct fuzz_input *in)
+{
+    fab_region_info info;
+    fab_descriptor d = fuzz_describe(p->b, p->theirs, &info);
+    d.secret ^= fuzz_u8(in);
+    int64_t remote = fab_remote_add(p->a, p->to_b, &d);
+    int64_t t = fab_write(p->a, p->mine, 0, remote, 0, 8, FAB_NO_IMM, 0, 0);
+    if (remote > 0)
+        MUST(!fab_remote_release(p->a, remote));
+    return t;
+}
+
 static int64_t work(struct fuzz_pair *p, struct fuzz_input *in, enum step step, int64_t last)
 {
     uint8_t bytes[64] = {0}, got[FAB_MAX_MESSAGE];
@@ -163,6 +178,8 @@ static int64_t work(struct fuzz_pair *p, struct fuzz_input *in, enum step step, 
         at = fuzz_u16(in);
         length = fuzz_u16(in);
         return fab_write(p->a, p->mine, 0, p->remote, at, length, FAB_NO_IMM, 0, 0);
+    case ASK:
+        return ask(p, in);
     case SEND:
         return fab_send(p->a, p->to_b, bytes, fuzz_u8(in) % sizeof bytes, 0);
     case RECEIVE:

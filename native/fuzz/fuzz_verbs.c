@@ -78,7 +78,7 @@ static uint32_t write_header(struct fuzz_input *in, uint8_t *at)
 {
     static const uint64_t tokens[] = {0, TOKEN, ABANDONED, 2 << 16 | 1};
     uint8_t how = fuzz_u8(in), who = fuzz_u8(in);
-    uint32_t length = 1 + fuzz_u16(in) % FAB_FRAME_MAX, count = 1 + fuzz_u8(in) % 32;
+    uint32_t length = 1 + fuzz_u16(in) % (FAB_FRAME_MAX + 64), count = 1 + fuzz_u8(in) % 32;
     uint32_t chunk = (length + count - 1) / count;
     count = (length + chunk - 1) / chunk;
     uint32_t number = fuzz_u8(in) % count;

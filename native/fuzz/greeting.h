@@ -38,8 +38,9 @@ static inline void fuzz_fill_lanes(struct fuzz_input *in, const fab_engine *from
     }
 }
 
-/* From one engine to the other; `answers` and `mine` are the session numbers of a WELCOME. */
-static inline void fuzz_greet(struct fuzz_input *in, const fab_engine *from, const fab_engine *to,
+/* From one engine to the other; a WELCOME `answers` that session. True: what was sent is not what was
+ * signed. */
+static inline bool fuzz_greet(struct fuzz_input *in, const fab_engine *from, const fab_engine *to,
                               enum fab_frame_type type, uint64_t answers, struct fab_writer *w)
 {
     bool welcome = type == FAB_F_WELCOME;
@@ -71,8 +72,12 @@ static inline void fuzz_greet(struct fuzz_input *in, const fab_engine *from, con
                  w->bytes + FAB_FRAME_HEADER, h.signed_bytes, h.mac);
     fab_put(w, h.mac, sizeof h.mac);
     fab_frame_end(w);
-    if (fuzz_u8(in) & 1) /* one byte of it is not what was signed */
-        w->bytes[fuzz_u16(in) % w->used] ^= (uint8_t)(1 + fuzz_u8(in) % 255);
+    if (!(fuzz_u8(in) & 1))
+        return false;
+    uint32_t at = fuzz_u16(in) % w->used;
+    w->bytes[at] ^= (uint8_t)(1 + fuzz_u8(in) % 255);
+    return welcome ||
+           at >= FAB_FRAME_HEADER; /* nobody looks at the session in the head of a HELLO */
 }
 
 #endif
