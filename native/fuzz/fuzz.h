@@ -80,7 +80,7 @@ struct fuzz_pair {
     int64_t mine, theirs; /* regions of a and b */
     int64_t remote; /* b's, as a sees it */
     int64_t counter, id; /* of b */
-    uint64_t into, mapped;
+    fab_region_info info; /* of theirs, as long as it was there */
 };
 
 /* The low bits say how the world's NICs work, the high ones whose id is smaller. */
@@ -121,9 +121,8 @@ static inline fab_peer_address fuzz_address(fab_engine *of, fab_nic_info nics[FA
     return address;
 }
 
-static inline fab_descriptor fuzz_describe(fab_engine *of, int64_t region, fab_region_info *info)
+static inline fab_descriptor fuzz_describe(fab_region_info *info)
 {
-    MUST(!fab_region_get_info(of, region, info));
     return (fab_descriptor){.region = info->region,
                             .secret = info->secret,
                             .length = info->length,
@@ -144,7 +143,6 @@ static inline void fuzz_open(struct fuzz_pair *p, uint8_t kind, const char *secr
 {
     static uint8_t memory[FUZZ_MEMORY];
     fab_nic_info nics[FAB_MAX_NICS];
-    fab_region_info info;
     memset(p, 0, sizeof *p);
     fuzz_world(kind);
     p->a = fuzz_engine("a0", "a1", secret, false);
@@ -156,9 +154,8 @@ static inline void fuzz_open(struct fuzz_pair *p, uint8_t kind, const char *secr
     MUST((p->mine = fab_region_register(p->a, (uint64_t)(uintptr_t)memory, sizeof memory, 0, 0)) >
          0);
     MUST((p->theirs = fab_region_alloc(p->b, FUZZ_MEMORY, 0, -1, 0)) > 0);
-    fab_descriptor d = fuzz_describe(p->b, p->theirs, &info);
-    p->into = info.base;
-    p->mapped = info.mapped;
+    MUST(!fab_region_get_info(p->b, p->theirs, &p->info));
+    fab_descriptor d = fuzz_describe(&p->info);
     MUST((p->remote = fab_remote_add(p->a, p->to_b, &d)) > 0);
     MUST((p->counter = fab_counter_open(p->b, -1, 1)) > 0);
     MUST((p->id = fab_counter_id(p->b, p->counter)) >= 0);
@@ -207,7 +204,7 @@ static inline void fuzz_close(struct fuzz_pair *p)
     fuzz_sane(p->b);
     fab_engine_free(p->a);
     fab_engine_free(p->b);
-    fab_unmap(p->into, p->mapped);
+    fab_unmap(p->info.base, p->info.mapped);
     MUST(!fab_sim_end());
 }
 

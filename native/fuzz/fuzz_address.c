@@ -38,8 +38,8 @@ static int64_t add_peer(struct fuzz_pair *p, struct fuzz_input *in)
 
 static int64_t add_remote(struct fuzz_pair *p, struct fuzz_input *in, int64_t peer)
 {
-    fab_region_info info;
-    fab_descriptor d = fuzz_describe(p->b, p->theirs, &info);
+    fab_region_info info = p->info;
+    fab_descriptor d = fuzz_describe(&info);
     uint8_t how = fuzz_u8(in);
     if (how & 1)
         d.region = fuzz_u64(in);

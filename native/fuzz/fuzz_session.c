@@ -156,8 +156,7 @@ static void give(struct fuzz_pair *p, struct fuzz_input *in, enum step step)
 
 static int64_t ask(struct fuzz_pair *p, struct fuzz_input *in)
 {
-    fab_region_info info;
-    fab_descriptor d = fuzz_describe(p->b, p->theirs, &info);
+    fab_descriptor d = fuzz_describe(&p->info);
     d.secret ^= fuzz_u8(in);
     int64_t remote = fab_remote_add(p->a, p->to_b, &d);
     int64_t t = fab_write(p->a, p->mine, 0, remote, 0, 8, FAB_NO_IMM, 0, 0);
