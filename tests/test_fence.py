@@ -100,9 +100,11 @@ def test_a_transfer_that_was_cut_off_voids_nothing_here(farm: Farm, kind: str) -
     a.region("src", commands.LONG_PAGE, 1)
     descriptor = b.region("dst", 64 * commands.LONG_PAGE, 2, kind)
     imm = b.counter("count")
-    a.call(commands.begin_long, "t", "src", descriptor, imm, LONG)
+    # By another thread: what may hold up that call shall not hold up the fence.
+    begun = a.start(commands.begin_long, "t", "src", descriptor, imm, LONG, thread=True)
     b.wait("count", 3)
     b.call(commands.disconnect, a.address)
+    begun.result()
     value = b.value("count")
     assert b.call(commands.changes, "dst", 0.5) == ""
     assert b.value("count") == value < LONG

@@ -21,6 +21,7 @@
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define IDLE_TICK_NS (2 * FAB_TICK_NS) /* between ticks while nothing else happens */
 #define HELPER_ARM_TRIES 8
+#define GIVE_WAY_NS (500 * NS_PER_US) /* what the worker leaves to others who want the lock */
 #define LATE_TICK_NS (100 * NS_PER_MS)
 
 void fab_close_fd(int fd)
@@ -297,6 +298,19 @@ static void nap(struct fab_engine *e)
     atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
 }
 
+/* A mutex is not fair: who sleeps on it would not get it as long as the worker has work. */
+static void give_way(struct fab_engine *e)
+{
+    int64_t until = 0;
+    while (atomic_load_explicit(&e->lock_wanted, memory_order_relaxed)) {
+        int64_t now = fab_now();
+        until = until ? until : now + GIVE_WAY_NS;
+        if (now >= until)
+            return;
+        sched_yield();
+    }
+}
+
 static int worker_turn(struct fab_engine *e, bool napped)
 {
     fab_lock(e);
@@ -304,6 +318,7 @@ static int worker_turn(struct fab_engine *e, bool napped)
     e->stats.worker_turns++;
     e->stats.worker_naps += napped;
     fab_unlock(e);
+    give_way(e);
     return n;
 }
 
