@@ -251,8 +251,7 @@ class Node:
         An emulated device stands still with its process, where a real one would not: until the
         farm closes, nobody takes it for dead meanwhile.
         """
-        if "EFA_EMULATOR" in os.environ:
-            Emulator()["unresponsive_ms"] = PAUSE_MS
+        let_devices_be_silent()
         self.freeze()
 
     def thaw(self) -> None:
@@ -398,8 +397,7 @@ class Farm:
         """End every process. A node that is alive must leave cleanly, with status 0."""
         codes = {}
         self.kill_strangers()
-        if "EFA_EMULATOR" in os.environ:
-            Emulator()["unresponsive_ms"] = UNRESPONSIVE_MS
+        let_devices_be_silent(UNRESPONSIVE_MS)
         try:
             living = [node for node in self.nodes if node.alive()]
             for node in living:
@@ -411,6 +409,15 @@ class Farm:
             for node in self.nodes:
                 node.kill()
         assert not codes, f"nodes that did not leave cleanly: {codes}"
+
+
+def let_devices_be_silent(milliseconds: int = PAUSE_MS) -> None:
+    """Say how long a device of emulated EFA may be silent, until the farm closes.
+
+    A device is emulated by its own process, which may be starved by all that is sent to it.
+    """
+    if "EFA_EMULATOR" in os.environ:
+        Emulator()["unresponsive_ms"] = milliseconds
 
 
 def environment() -> dict[str, str]:

@@ -16,8 +16,7 @@ import pytest
 
 import fabric
 from tests import commands
-from tests.efa.emulator import Emulator
-from tests.harness import PAUSE_MS
+from tests.harness import let_devices_be_silent
 from tests.scale import SLOW, patient, scaled
 from tests.test_death import exchange
 
@@ -103,12 +102,13 @@ def test_a_hundred_thousand_immediates(farm: Farm, how: str, pause: bool) -> Non
 
     With `pause`, the receiver stands still for a while, so that all queues to it are full. In the
     SoftRoCE guest Python takes most of the time for single ones, so fewer are raised there one by
-    one (all 100 000 took 60 to 80 s); in one call they are as many as elsewhere.
+    one (all 100 000 took 60 to 80 s); in one call they are as many as elsewhere. On emulated EFA
+    those without `pause`, which fill nothing, are a quarter: the suite runs them on three rigs.
     """
     count = scaled(IMMEDIATES, less=10) if how == "bare" else IMMEDIATES
-    if "EFA_EMULATOR" in os.environ:
-        # A device is emulated by its own process, which may be starved by all that is sent to it.
-        Emulator()["unresponsive_ms"] = PAUSE_MS
+    if "EFA_EMULATOR" in os.environ and not pause:
+        count //= 4
+    let_devices_be_silent()
     receiver, other, third = (farm(name, peer_timeout=PEER_TIMEOUT) for name in ("r", "o", "t"))
     imm, apart, past = receiver.counter("count"), receiver.counter("a"), third.counter("p")
     other.region("src", SIZE, 3)

@@ -12,7 +12,8 @@ import pytest
 
 import fabric
 from tests import commands
-from tests.harness import Farm, Node, wait_until
+from tests.efa.emulator import UNRESPONSIVE_MS
+from tests.harness import Farm, Node, let_devices_be_silent, wait_until
 from tests.node import Failure, State, describe
 from tests.scale import patient, scaled
 
@@ -183,6 +184,7 @@ def test_the_receiver_is_killed_while_it_pulls(farm: Farm, child: str) -> None:
 
 def kill_the_receiver(farm: Farm, child: str, kind: str) -> None:
     """Kill the receiver in the middle of a transfer to memory of this kind."""
+    let_devices_be_silent()
     a, c = farm("a", peer_timeout=TIMEOUT), farm("c", peer_timeout=TIMEOUT)
     exchange(a, c)
     before = a.call(commands.descriptors_open)
@@ -194,8 +196,16 @@ def kill_the_receiver(farm: Farm, child: str, kind: str) -> None:
     fork_in(farm, b, child)
     writing = a.start(write_for_long, descriptor, imm, thread=True)
     b.start(die_when_counted, "count", ACKNOWLEDGED)
-    b.process.wait(30.0)
+    try:
+        b.process.wait(30.0)
+    except TimeoutError as error:
+        ended = writing.result() if writing.done() else "not ended"
+        raise AssertionError(
+            f"the receiver lives: the writer has {ended}, {b.value('count')} of"
+            f" {ACKNOWLEDGED} pages counted; writer {a.stats()}, receiver {b.stats()}"
+        ) from error
     struck = time.monotonic()
+    let_devices_be_silent(UNRESPONSIVE_MS)
     failed, failure = writing.result()
     assert failure is not None, "the transfer had ended before the receiver was killed"
     assert failure.name == "PeerUnreachable", failure.traceback

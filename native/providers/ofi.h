@@ -90,7 +90,7 @@ enum {
 #define OFI_RETRY_MIN_NS 20000u /* between posts that find no connection yet */
 #define OFI_RETRY_MAX_NS 2000000u
 #define OFI_NAP_MIN_NS 50000u /* between looks at a queue that cannot wake us */
-#define OFI_NAP_MAX_NS 10000000u
+#define OFI_NAP_MAX_NS 20000000u
 #define OFI_GRAVES 64 /* closed lanes kept for completions that come late, */
 #define OFI_GRAVE_NS 5000000000u /* and for how long */
 #define OFI_GHOST_NS 500000000u  /* closing a NIC waits so long for them */

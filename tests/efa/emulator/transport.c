@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -18,7 +17,7 @@
 #define MAGIC 0x0efae0efu
 #define BACKLOG_NS 50000u     /* between attempts to send to a socket that is full */
 #define LOOK_NS 20000000u     /* between looks for peers that do not answer */
-#define NAME_BYTES 100
+#define FOLDER_BYTES 40u /* of the folder's name that go into a socket's */
 
 static struct work *works; /* under way */
 static int poller = -1, kicker = -1;
@@ -26,18 +25,24 @@ static bool backlog; /* something could not be sent */
 
 /* ---- names ---- */
 
+static size_t append(struct sockaddr_un *name, size_t at, const void *bytes, size_t count)
+{
+    memcpy(name->sun_path + at, bytes, count);
+    return at + count;
+}
+
+/* In bytes, without printf: each packet asks for a name. */
 static socklen_t name_of(struct sockaddr_un *out, const union ibv_gid *gid, uint32_t qpn)
 {
-    char hex[33];
+    const char *folder =
+        strrchr(getenv("EFA_EMULATOR_DIR"), '/'); /* unique to the run: two do not meet */
+    size_t n = append(out, 0, "\0efa", 4);
 
-    for (int i = 0; i < 16; i++)
-        (void)snprintf(hex + 2 * i, 3, "%02x", gid->raw[i]);
-    memset(out, 0, sizeof *out);
     out->sun_family = AF_UNIX;
-    /* The folder is unique to the run, so two runs do not meet. */
-    int n = snprintf(out->sun_path + 1, NAME_BYTES, "efa%.40s/%s/%u",
-                     strrchr(getenv("EFA_EMULATOR_DIR"), '/'), hex, qpn);
-    return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n);
+    n = append(out, n, folder, strnlen(folder, FOLDER_BYTES));
+    n = append(out, n, gid->raw, sizeof gid->raw);
+    n = append(out, n, &qpn, sizeof qpn);
+    return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n);
 }
 
 static void *nic(void *unused);
