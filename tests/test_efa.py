@@ -358,6 +358,11 @@ def test_emulated_writes_cannot_be_fenced(farm: Farm) -> None:
     with pytest.raises(fabric.FenceUnsupported, match="do not free or reuse"):
         b.call(commands.deregister, "dst")
     b.call(commands.deregister, "other")
+    a.kill()
+    with pytest.raises(fabric.PeerUnreachable):
+        b.call(commands.write_imm, a.address, 1)
+    with pytest.raises(fabric.FenceUnsupported, match="may still land"):  # for all that
+        b.call(commands.disconnect, a.address)
 
 
 @old

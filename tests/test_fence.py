@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.fences
 SIZE = scaled(4 << 20)
+CALLS = 100  # that need the lock of an engine
 LONG = 32_768  # pages: seconds of work
 KINDS = ["alloc", "numpy"]
 WRITTEN = 4096  # of so many bytes, one is another each time that `keep_writing` writes
@@ -109,6 +110,30 @@ def test_a_transfer_that_was_cut_off_voids_nothing_here(farm: Farm, kind: str) -
     assert b.call(commands.changes, "dst", 0.5) == ""
     assert b.value("count") == value < LONG
     assert a.call(commands.transfer_end, "t") == "PeerUnreachable"
+
+
+@pytest.mark.only("local")
+def test_calls_get_their_turn_beside_a_long_transfer(farm: Farm) -> None:
+    """The worker copies without a pause, and still lets every call that needs its lock go first."""
+    a, b = farm("a"), farm("b")
+    a.region("src", commands.LONG_PAGE, 1)
+    descriptor = b.region("dst", 64 * commands.LONG_PAGE, 2)
+    imm = b.counter("count")
+    a.call(commands.begin_long, "t", "src", descriptor, imm, LONG)
+    b.wait("count", 3)
+    turns = a.call(turns_of_calls, CALLS)
+    assert b.value("count") < LONG, "the transfer is over"
+    a.call(commands.transfer_cancel, "t")
+    print(f"{turns} turns of the worker beside {CALLS} calls")
+    assert turns < 4 * CALLS
+
+
+def turns_of_calls(node: State, count: int) -> int:
+    """Return how many turns the worker took while `count` calls needed its lock."""
+    first = node.engine.stats().worker_turns
+    for _ in range(count - 1):
+        node.engine.stats()
+    return node.engine.stats().worker_turns - first
 
 
 def test_disconnect_of_one_leaves_the_others(farm: Farm) -> None:

@@ -150,6 +150,129 @@ def test_a_peer_that_was_called_gone_stays_out(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tries", [1, 2])
+@pytest.mark.parametrize("met", [False, True])
+def test_a_retry_in_vain_does_not_let_it_in(kind: str, tries: int, met: bool) -> None:
+    """It was told again: nothing that the peer had begun lands, not even what was the first."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        if met:
+            p.meet()
+        p.cut()
+        p.source.numpy()[:] = 7
+        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        for _ in range(tries):
+            with pytest.raises(fabric.PeerUnreachable):
+                p.b.write(p.target, descriptor(p.source)).wait(timeout=2.0)
+        p.cut(on=False)
+        late = p.a.write(p.source, p.remote, imm=p.count.id)
+        for transfer in (early, late):
+            with pytest.raises(fabric.FabricError):
+                transfer.wait(timeout=5.0)
+        assert (p.landed(7), p.count.value) == (0, 0)
+        p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)  # which lets it in
+        p.a.write(p.source, p.remote).wait(timeout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("met", [False, True])
+def test_a_wait_that_was_told_keeps_the_peer_out(kind: str, met: bool) -> None:
+    """Also a peer that was never here: its first write is under way when the wait gives it up."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        if met:
+            p.meet()
+        p.cut()
+        p.source.numpy()[:] = 7
+        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        with pytest.raises(fabric.PeerUnreachable):
+            p.count.wait(1, timeout=5.0, peers=[p.a.address])
+        p.cut(on=False)
+        with pytest.raises(fabric.FabricError):
+            early.wait(timeout=5.0)
+        assert (p.landed(7), p.count.value) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_that_were_told_come_together_again(kind: str) -> None:
+    """Each uses the other's address once, in turn; a refusal bars nobody."""
+    with pair(kind) as p:
+        p.meet()
+        p.cut()
+        both = [
+            p.a.write(p.source, p.remote),
+            p.b.write(p.target, descriptor(p.source)),
+        ]
+        for transfer in both:
+            with pytest.raises(fabric.PeerUnreachable):
+                transfer.wait(timeout=5.0)
+        p.cut(on=False)
+        with pytest.raises(fabric.PeerUnreachable, match="has to use our address again"):
+            p.a.write(p.source, p.remote).wait(timeout=1.0)
+        p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
+        p.a.write(p.source, p.remote).wait(timeout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_while_a_fence_is_slow_is_told_as_well(kind: str) -> None:
+    """Nobody was told of the end itself; who calls before the fence is through is."""
+    slow = 0
+    for seed in range(20):
+        with pair(kind, seed=seed, slow_fences=1.0, timeouts=(PATIENT, PATIENT)) as p:
+            p.meet()
+            p.a.disconnect(p.b.address, timeout=1.0)
+            assert p.world.run_until(lambda p=p: p.b.stats().peers_up == 0, 1.0)
+            if p.b.stats().peers[0].state != "fencing":
+                continue
+            slow += 1
+            with pytest.raises(fabric.PeerUnreachable):
+                p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
+            p.source.numpy()[:] = 7
+            with pytest.raises(fabric.FabricError):
+                p.a.write(p.source, p.remote).wait(timeout=1.0)
+            assert p.landed(7) == 0
+    assert slow > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_frame_of_an_attempt_in_vain_disturbs_nobody(kind: str, seed: int) -> None:
+    """A copy comes when a later attempt has come up."""
+    with pair(kind, seed=seed, double_contacts=1.0) as p:
+        p.world.cut("a.0", "b.0")
+        with pytest.raises(fabric.PeerUnreachable):
+            p.a.write(p.source, p.remote).wait(timeout=2.0)
+        p.world.cut("a.0", "b.0", on=False)
+        for number in range(1, 300):
+            p.a.write(p.source, p.remote, length=8, imm=p.count.id).wait(timeout=1.0)
+            p.count.wait(number, timeout=1.0, peers=[p.a.address])
+            p.world.run(0.01)
+        assert [engine.stats().peers_lost for engine in (p.a, p.b)] == [1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_frame_of_before_they_met_the_other_way_round(kind: str, seed: int) -> None:
+    """What its peer began came up; then its own first frame of before comes.
+
+    One that comes before is believed: a session begins that nobody wants, and ends in vain.
+    """
+    with pair(kind, seed=seed, double_contacts=1.0) as p:
+        p.world.cut("a.0", "b.0")
+        p.a.write_imm(p.b.address, p.count.id).cancel()
+        p.world.run(2 * TIMEOUT)
+        p.world.cut("a.0", "b.0", on=False)
+        for _ in range(5):
+            with contextlib.suppress(fabric.PeerUnreachable):
+                p.b.write_imm(p.a.address, 1).wait(timeout=2.0)
+                break
+        lost = [engine.stats().peers_lost for engine in (p.a, p.b)]
+        p.count.close()
+        p.count = p.b.counter()
+        for number in range(1, 300):
+            p.a.write(p.source, p.remote, length=8, imm=p.count.id).wait(timeout=1.0)
+            p.count.wait(number, timeout=1.0, peers=[p.a.address])
+            p.world.run(0.01)
+        assert [engine.stats().peers_lost for engine in (p.a, p.b)] == lost
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_late_first_frame_disturbs_nobody(kind: str, seed: int) -> None:
     """A copy comes when its session is over: nothing is opened, and the present one goes on."""
     with pair(kind, seed=seed, double_contacts=1.0) as p:
@@ -381,16 +504,26 @@ def test_no_id_is_void_while_a_write_may_land() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_silence_is_noticed(kind: str) -> None:
-    """Its NIC takes all that is sent, and answers nothing."""
+@pytest.mark.parametrize("writes", [False, True])
+def test_silence_is_noticed(kind: str, writes: bool) -> None:
+    """Its NIC takes all that is sent, and acknowledges; that is no word of its process."""
     with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
         p.meet()
-        p.b.write_imm(p.a.address, 1).wait(timeout=1.0)
+        back = descriptor(p.source)
+        p.b.write(p.target, back, length=8).wait(timeout=1.0)
         p.world.hang("a")
-        begin = p.world.now
-        with pytest.raises(fabric.PeerUnreachable, match="silent"):
-            p.count.wait(1, timeout=5.0, peers=[p.a.address])
-        assert TIMEOUT <= p.world.now - begin < 2 * TIMEOUT
+        begin, told = p.world.now, ""
+        while not told and p.world.now < begin + 5.0:
+            if writes:
+                p.b.write(p.target, back, length=8)
+            try:
+                p.count.wait(1, timeout=0.05, peers=[p.a.address])
+            except fabric.WaitTimeout:
+                pass
+            except fabric.PeerUnreachable as error:
+                told = str(error)
+        assert "silent" in told
+        assert 0.9 * TIMEOUT < p.world.now - begin < 2 * TIMEOUT
 
 
 @pytest.mark.parametrize("kind", KINDS)

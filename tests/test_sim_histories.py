@@ -9,6 +9,8 @@ mended and enough time has passed:
 - whoever was told that a transfer is done finds its bytes there, and those that the source held;
 - after a fence, a void id, a cancellation, or deregistering, the bytes of the destination stay as
   they are;
+- who was told that a peer is unreachable finds its memory as it is until it uses that peer's
+  address again, whatever that peer had begun;
 - messages come in order, none twice, and all that are done;
 - no wait outlives its timeout, no transfer its deadline and two peer timeouts;
 - engines that live hold nothing at the end that was not asked for.
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 HISTORIES = int(os.environ.get("FABRIC_SIM_HISTORIES", "300"))
 SHRINK = os.environ.get("FABRIC_SIM_SHRINK") != "0"
 TIMEOUT = 0.5  # peer_timeout, in simulated seconds
+PATIENT = 4 * TIMEOUT  # of every third engine: it waits when others have given up
 SLOT = 1021  # bytes; odd, so that the cuts of a large write leave remainders
 SLOTS = 320  # of a region; each takes part in one transfer
 PAGES = 8  # slots of a paged write, at most
@@ -102,6 +105,7 @@ class Move:
     private: fabric.Descriptor | None = None  # made for its sender alone
     end: str = ""
     frozen: bytes | None = None  # what the target holds from now on
+    kept: bytes | None = None  # and until its owner uses the sender's address again
 
 
 @dataclass
@@ -112,6 +116,10 @@ class Mail:
     sender: Machine
     receiver: Machine
     number: int
+    end: str = ""
+
+
+KEPT_OUT = "has to use our address again"  # the peer was told before us, and has nothing under way
 
 
 def outcome(transfer: fabric.Transfer) -> str:
@@ -121,7 +129,7 @@ def outcome(transfer: fabric.Transfer) -> str:
     except fabric.WaitTimeout:
         return ""
     except fabric.FabricError as error:
-        return type(error).__name__
+        return type(error).__name__ + (", kept out" if KEPT_OUT in str(error) else "")
     return "done"
 
 
@@ -173,7 +181,8 @@ class Histories(RuleBasedStateMachine):
         """Start an engine."""
         self.born += 1
         name = f"m{self.born}"
-        engine = self.world.engine(name, self.nics, peer_timeout=TIMEOUT)
+        timeout = PATIENT if self.born % 3 == 0 else TIMEOUT
+        engine = self.world.engine(name, self.nics, peer_timeout=timeout)
         return Machine(name, engine, engine.alloc(SLOTS * SLOT), engine.alloc(SLOTS * SLOT))
 
     def pick(self, number: int) -> Machine:
@@ -202,8 +211,19 @@ class Histories(RuleBasedStateMachine):
         deadline: float | None,
         private: bool,
     ) -> None:
-        sender = self.pick(a)
-        receiver = self.machines[b]
+        self.begin_write(self.pick(a), self.machines[b], fresh, size, pages, deadline, private)
+
+    def begin_write(
+        self,
+        sender: Machine,
+        receiver: Machine,
+        fresh: bool,
+        size: int,
+        pages: bool = False,
+        deadline: float | None = None,
+        private: bool = False,
+    ) -> None:
+        """Begin a transfer, if there is room for it."""
         if receiver is sender or receiver.taken + size > SLOTS or sender.used + size > SLOTS:
             return
         count = self.count(receiver, fresh)
@@ -220,7 +240,7 @@ class Histories(RuleBasedStateMachine):
         descriptor = fabric.Descriptor.from_bytes(bytes(shown or receiver.target.descriptor))
         transfer, ranges = self.submit(sender, descriptor, slots, sources, count, pages, deadline)
         count.ranges += ranges
-        until = self.world.now + min(deadline or 60.0, 4 * TIMEOUT) + 2 * TIMEOUT + SLACK
+        until = self.world.now + min(deadline or 60.0, 2 * PATIENT) + 2 * PATIENT + SLACK
         target = receiver.target
         move = Move(transfer, sender, receiver, count, value, target, slots, sources, until, shown)
         self.moves.append(move)
@@ -245,6 +265,7 @@ class Histories(RuleBasedStateMachine):
     ) -> tuple[fabric.Transfer, int]:
         """Begin a transfer; returns it, and its number of ranges."""
         common: dict[str, Any] = {"imm": count.counter.id, "deadline": deadline}
+        self.uses(sender, count.owner)
         if pages and slots and len(slots) <= PAGES:
             transfer = sender.engine.write_pages(
                 sender.source, descriptor, list(sources), list(slots), page_bytes=SLOT, **common
@@ -283,6 +304,7 @@ class Histories(RuleBasedStateMachine):
         if sender is receiver:
             return
         payload = len(self.mail).to_bytes(8, "little") + bytes(size - 8)
+        self.uses(sender, receiver)
         transfer = sender.engine.send(receiver.engine.address, payload)
         self.mail.append(Mail(transfer, sender, receiver, len(self.mail)))
 
@@ -374,6 +396,23 @@ class Histories(RuleBasedStateMachine):
         self.cuts.append((ends[0], ends[1]))
         self.world.cut(*ends)
 
+    @rule(a=st.integers(0, 2), b=st.integers(0, 2), tries=st.integers(1, 2), size=st.integers(0, 3))
+    def lose_touch(self, a: int, b: int, tries: int, size: int) -> None:
+        """Two do not reach each other; both have begun something, and one goes on trying."""
+        here, there = self.pick(a), self.machines[b]
+        if here is there or there.state != "up":
+            return
+        for nic in range(self.nics):
+            ends = [f"{machine.name}.{nic}" for machine in (here, there)]
+            for pair in (ends, ends[::-1]):
+                self.cuts.append((pair[0], pair[1]))
+                self.world.cut(*pair)
+        self.begin_write(there, here, True, size)
+        for _ in range(tries):
+            self.begin_write(here, there, True, size)
+            self.world.run(1.2 * TIMEOUT)
+            self.ends_are_final()
+
     @rule()
     def mend(self) -> None:
         dead = {f"{move.name}." for move in self.every() if move.state in ("dead", "hung")}
@@ -419,6 +458,9 @@ class Histories(RuleBasedStateMachine):
             timeout, lambda: count.counter.wait(count.ranges, timeout=timeout, peers=peers)
         )
         assert told in ("", "WaitTimeout", "CounterVoid", "PeerUnreachable"), told
+        if told == "PeerUnreachable" and KEPT_OUT not in self.told:
+            gone = next(m.sender for m in count.moves if f"peer {m.sender.name} is" in self.told)
+            self.keep(count.owner, gone)
         if told == "":
             self.landed(count)
         if told == "CounterVoid":
@@ -427,11 +469,11 @@ class Histories(RuleBasedStateMachine):
     def timed(self, timeout: float, call: Callable[[], None]) -> str:
         """Call; returns the class of what was raised. It must not take longer than `timeout`."""
         begin = self.world.now
-        told = ""
+        told = self.told = ""
         try:
             call()
         except fabric.FabricError as error:
-            told = type(error).__name__
+            told, self.told = type(error).__name__, str(error)
         assert self.world.now - begin <= timeout + SLACK, "a wait outlived its timeout"
         return told
 
@@ -442,6 +484,18 @@ class Histories(RuleBasedStateMachine):
         for move in moves:
             if move.frozen is None:
                 move.frozen = view(move.target, move.slots).tobytes()
+
+    def keep(self, here: Machine, gone: Machine) -> None:
+        """Somebody was told that a peer is unreachable: what that had begun lands no more."""
+        for move in self.moves:
+            if move.receiver is here and move.sender is gone:
+                move.kept = view(move.target, move.slots).tobytes()
+
+    def uses(self, here: Machine, there: Machine) -> None:
+        """Whose address is used may come in again."""
+        for move in self.moves:
+            if move.receiver is here and move.sender is there:
+                move.kept = None
 
     def landed(self, count: Count) -> None:
         """All ranges were counted, so all bytes are there."""
@@ -458,6 +512,11 @@ class Histories(RuleBasedStateMachine):
             if end and not move.end:
                 self.ended(move, end)
             assert end or self.world.now <= move.until or not self.fair, "it does not end"
+        for mail in self.mail if hasattr(self, "mail") else []:
+            if mail.sender.state == "up" and not mail.end:
+                mail.end = outcome(mail.transfer)
+                if mail.end == "PeerUnreachable":
+                    self.keep(mail.sender, mail.receiver)
 
     fair = False  # at the end, when nobody hangs or is cut off
 
@@ -470,6 +529,8 @@ class Histories(RuleBasedStateMachine):
             if move.frozen is None:
                 move.frozen = bytes_there.tobytes()
         view(move.sender.source, move.sources)[:] = POISON
+        if end == "PeerUnreachable":
+            self.keep(move.sender, move.receiver)
 
     @invariant()
     def counts_are_exact(self) -> None:
@@ -483,7 +544,8 @@ class Histories(RuleBasedStateMachine):
             target = view(move.target, move.slots)
             known = (target == move.value) | (target == BLANK)
             assert known.all(), "bytes that were never written"
-            assert move.frozen is None or target.tobytes() == move.frozen, "a late write"
+            for kept in (move.frozen, move.kept):
+                assert kept is None or target.tobytes() == kept, "a late write"
 
     # ---- the end ----
 
@@ -502,7 +564,7 @@ class Histories(RuleBasedStateMachine):
         self.world.set(lost_writes=0, lost_answers=0, lost_contacts=0)
         for _ in range(8):
             self.receive()  # who takes no messages is sent no more
-            self.world.run(TIMEOUT)
+            self.world.run(PATIENT)
         self.receive()
         self.fair = True
         self.ends_are_final()
@@ -543,7 +605,7 @@ class Histories(RuleBasedStateMachine):
                     sender.engine.write_imm(receiver.engine.address, 1)
                     for sender, receiver in ((one, other), (other, one))
                 ]
-                self.world.run(2 * TIMEOUT)
+                self.world.run(2 * PATIENT)
                 if all(outcome(transfer) == "done" for transfer in both):
                     break
             else:

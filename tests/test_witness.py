@@ -686,7 +686,7 @@ def test_strange_frames_in_a_session(scene: Scene) -> None:
     bad: list[dict[str, Any]] = [
         {"kind": "PING", "body": {"stamp": 1}, "session_plus": 1},
         {"kind": "BYE", "body": {"code": 0, "text": "not from this session"}, "session_plus": -1},
-        {"kind": "QUIESCED", "body": {"region": 1}, "session_plus": 1 << 40},
+        {"kind": "QUIESCED", "body": {"region": 1, "number": 1}, "session_plus": 1 << 40},
         {"kind": "PING", "body": {"stamp": 1}, "header": {"magic": 0}},
         {"kind": "PING", "body": {"stamp": 1}, "header": {"version": 0}},
         {"kind": "PING", "body": {"stamp": 1}, "header": {"length": 23}},
@@ -697,8 +697,8 @@ def test_strange_frames_in_a_session(scene: Scene) -> None:
         {"kind": "VOID", "body": {"number": 0, "ids": []}, "cut": 4, "header": {"length": 20}},
         {"kind": "VOID", "body": {"number": 0, "ids": [1, 2]}, "cut": 4, "header": {"length": 28}},
         {"kind": "VOID", "body": {"number": 0, "ids": list(range(300))}},
-        {"kind": "GRANT", "cut": 8, "header": {"length": 44}, "body": dict.fromkeys(
-            ("region", "secret", "code", "pulled", "length", "keys"), 0)},
+        {"kind": "GRANT", "cut": 8, "header": {"length": 48}, "body": dict.fromkeys(
+            ("region", "secret", "number", "code", "pulled", "length", "keys"), 0)},
         {"kind": "LANE_DOWN", "body": {"lane": 1, "serial": 0}},
     ]  # fmt: skip
     for number, frame in enumerate(bad):

@@ -464,7 +464,7 @@ static int wait_text(struct fab_engine *e, const struct counter_wait *w, int cod
     case FAB_E_UNREACHABLE:
     case FAB_E_FENCE_PENDING:
         fab_lock(e);
-        code = fab_peer_set_error(e, &w->peers);
+        code = fab_peer_set_error(&w->peers);
         fab_unlock(e);
         return code;
     case FAB_E_CLOSED:

@@ -34,8 +34,8 @@
 #define FAB_NAP_NS (500 * NS_PER_US)
 #define FAB_HELLO_EVERY_NS (100 * NS_PER_MS)
 #define FAB_CONTACT_NS NS_PER_S    /* that one lane is tried for first contact */
-#define FAB_EARLIER_SESSIONS 16 /* of one peer: a late copy of their HELLO changes nothing */
 #define FAB_LOST_FRAMES 128 /* of one peer, to be sent again over another lane */
+#define FAB_DROPPED 1024 /* lanes of attempts that were given up and cannot be closed yet */
 #define FAB_GRANTS_ASKED 4 /* GRANT_REQ of one session without an answer */
 #define FAB_VOIDS_PENDING 1024 /* ids of one peer still to be told void */
 #define FAB_VOIDS_PER_FRAME 256
@@ -101,6 +101,7 @@ struct fab_region {
     uint64_t holders[FAB_MAX_PEERS / 64];
     uint64_t ask[FAB_MAX_PEERS / 64]; /* holders to be asked to stop */
     uint64_t quiet[FAB_MAX_PEERS / 64]; /* holders that have not said that they stopped */
+    uint32_t question; /* number of the QUIESCE that they answer */
 };
 
 /* A registration of the doorbell for one lane's peer. */
@@ -121,6 +122,7 @@ struct fab_grant {
     enum fab_grant_state state;
     int code;
     bool due_quiesced; /* the owner waits for our QUIESCED */
+    uint32_t asked, quiesced; /* numbers of our last question, and of the owner's */
     struct fab_remote *remote;
     uint32_t key_count; /* 0: the descriptor's keys are valid */
     fab_key *keys;      /* ours alone, one for each NIC of the owner */
@@ -250,7 +252,6 @@ struct fab_peer {
     _Atomic uint32_t losses; /* sessions that were lost: waits compare */
     _Atomic uint32_t waiters;
     _Atomic int64_t last_waited; /* when a wait that depended on it timed out */
-    bool had_session;
     int code;
     char text[FAB_TEXT_MAX];
     _Atomic bool fence_stuck; /* FENCING, and not at once */
@@ -259,12 +260,13 @@ struct fab_peer {
 
     /* session */
     bool active; /* we sent the HELLO */
+    uint64_t attempt; /* its number */
     bool greeted; /* HELLO or WELCOME was sent: the next one is a copy */
     bool welcomed; /* we accepted; the peer has not been heard since */
     uint64_t mine, theirs;
     bool was_up; /* this session */
-    uint64_t earlier[FAB_EARLIER_SESSIONS]; /* theirs of sessions that were up and are over */
-    uint32_t earlier_next;
+    uint64_t attempts_over; /* its HELLOs up to this number: over, or the present session's (S4) */
+    bool kept_out; /* its last word was that it bars us: it has begun nothing (S6) */
     uint8_t nonce[16], cookie[16];
     bool has_cookie;
     uint32_t kind_tried; /* bit mask of kinds that could not be reached */
@@ -302,9 +304,11 @@ struct fab_peer {
     uint32_t *voids;
     struct {
         uint64_t region, secret;
+        uint32_t number;
     } asked[2 * FAB_GRANTS_ASKED]; /* grants the peer waits for; each may come twice */
     uint32_t asked_count;
     uint32_t grants_open; /* grants we wait for */
+    uint32_t grants_asked; /* so often in all: the number of the last question */
     uint32_t quiesce_open; /* regions that it has not let go of yet */
     bool due_quiesce, due_quiesced; /* see fab_region.ask, fab_grant.due_quiesced */
 
@@ -373,7 +377,9 @@ enum fab_worker_state { FAB_AWAKE, FAB_NAPPING, FAB_SLEEPING };
 
 struct fab_engine {
     pthread_mutex_t lock;
-    _Atomic uint32_t lock_wanted;
+    _Atomic uint32_t lock_wanted; /* callers that sleep on it */
+    _Atomic uint32_t lock_handed; /* how often one of them got it */
+    _Atomic bool giving_way; /* the worker waits for that */
     uint8_t id[FAB_ENGINE_ID_BYTES];
     char label[FAB_NAME_MAX];
     fab_engine_config config;
@@ -384,6 +390,10 @@ struct fab_engine {
 
     struct fab_nic *nics[FAB_MAX_NICS];
     uint32_t nic_count;
+    struct fab_lane *dropped[FAB_DROPPED]; /* of attempts that were given up; still closing */
+    uint32_t dropped_count;
+    uint64_t attempts; /* to connect to somebody, so far */
+    uint32_t questions; /* QUIESCE, so far */
     struct fab_mr *doorbell_mrs[FAB_MAX_NICS];
     uint8_t *doorbell; /* one page */
     uint64_t doorbell_bytes;

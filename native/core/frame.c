@@ -61,6 +61,7 @@ void fab_put_hello(struct fab_writer *w, struct fab_hello *h)
     fab_put(w, h->to, sizeof h->to);
     fab_put_u64(w, h->session);
     fab_put_u64(w, h->answers);
+    fab_put_u64(w, h->attempt);
     fab_put_u32(w, h->kind);
     fab_put_u32(w, h->nic_count);
     fab_put_u32(w, h->lane_count);
@@ -179,6 +180,7 @@ int fab_read_hello(struct fab_reader *r, struct fab_hello *h)
     fab_get(r, h->to, sizeof h->to);
     h->session = fab_get_u64(r);
     h->answers = fab_get_u64(r);
+    h->attempt = fab_get_u64(r);
     h->kind = fab_get_u32(r);
     h->nic_count = fab_get_u32(r);
     h->lane_count = fab_get_u32(r);

@@ -55,6 +55,7 @@ struct fab_header {
 struct fab_hello {
     uint8_t from[FAB_ENGINE_ID_BYTES], to[FAB_ENGINE_ID_BYTES];
     uint64_t session, answers;
+    uint64_t attempt; /* HELLO: the sender's number of it; WELCOME: of its last one, to anybody */
     uint32_t kind, nic_count, lane_count, fragments;
     uint32_t contact; /* the lane that this frame is sent over */
     uint64_t peer_timeout;

@@ -44,15 +44,35 @@ static uint32_t own_nics_of_kind(const struct fab_engine *e, int kind, uint32_t 
     return n;
 }
 
+/* Nothing was posted on it, and the other half knows no keys. */
+static void drop_lane(struct fab_engine *e, struct fab_lane *lane)
+{
+    if (lane->nic->provider->lane_abandon) {
+        lane->nic->provider->lane_abandon(lane);
+        return;
+    }
+    lane->peer = NULL;
+    if (lane->nic->provider->lane_close(lane) != -EINPROGRESS)
+        return;
+    if (e->dropped_count < FAB_DROPPED)
+        e->dropped[e->dropped_count++] = lane;
+    else
+        fab_log(FAB_LOG_WARN, "%s: %d lanes are closing, the limit; one stays open with the engine",
+                lane->nic->info.name, FAB_DROPPED);
+}
+
+void fab_handshake_close_dropped(struct fab_engine *e)
+{
+    for (uint32_t i = 0; i < e->dropped_count; i++)
+        if (e->dropped[i]->nic->provider->lane_close(e->dropped[i]) != -EINPROGRESS)
+            e->dropped[i--] = e->dropped[--e->dropped_count];
+}
+
 static void drop_lanes(struct fab_peer *p)
 {
-    /* Nothing was posted on them, and the other half knows no keys: closing is immediate. */
     for (uint32_t i = 0; i < FAB_MAX_LANES; i++) {
-        struct fab_lane *lane = p->lanes[i];
-        if (lane && lane->nic->provider->lane_abandon)
-            lane->nic->provider->lane_abandon(lane);
-        else if (lane)
-            lane->nic->provider->lane_close(lane);
+        if (p->lanes[i])
+            drop_lane(p->engine, p->lanes[i]);
         p->lanes[i] = NULL;
     }
     p->lane_count = 0;
@@ -141,6 +161,7 @@ static bool send_hello(struct fab_peer *p, bool welcome)
     struct fab_engine *e = p->engine;
     struct fab_hello h = {.session = p->mine,
                           .answers = welcome ? p->theirs : 0,
+                          .attempt = welcome ? e->attempts : p->attempt,
                           .kind = (uint32_t)p->provider->kind,
                           .nic_count = e->nic_count,
                           .lane_count = p->lane_count,
@@ -193,7 +214,9 @@ static void begin(struct fab_peer *p, bool active)
     fab_random(p->nonce, sizeof p->nonce);
     memset(p->cookie, 0, sizeof p->cookie);
     p->active = active;
-    p->ending = p->greeted = false;
+    if (active)
+        p->attempt = ++e->attempts;
+    p->kept_out = p->ending = p->greeted = false;
     p->theirs = 0;
     p->deadline = e->now + e->config.peer_timeout_ns;
     p->next_hello = e->now;
@@ -222,12 +245,12 @@ void fab_session_start(struct fab_peer *p)
         fail_start(p, "it has no address here; it has to connect to us");
         return;
     }
-    fab_unbar(e, p);
     fab_session_doubt_idle(e);
     size_t used = 0;
     for (size_t i = 0; i < sizeof kind_order / sizeof *kind_order; i++) {
         int rc = try_kind(p, kind_order[i]);
         if (!rc) {
+            fab_unbar(e, p);
             begin(p, true);
             return;
         }
@@ -238,6 +261,7 @@ void fab_session_start(struct fab_peer *p)
         if (more > 0 && used + (size_t)more < sizeof why)
             used += (size_t)more;
     }
+    fab_session_told(p);
     fail_start(p, used ? why : "no provider in common");
 }
 
@@ -266,7 +290,7 @@ void fab_handshake_up(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
     p->welcomed = false;
-    p->had_session = p->was_up = true;
+    p->was_up = true;
     p->last_heard = e->now;
     fab_lanes_begin(p);
     fab_messages_begin_session(p);
@@ -306,16 +330,32 @@ static void on_challenge(struct fab_peer *p, struct fab_reader *r)
     fab_handshake_tick(p);
 }
 
+/* The peer gave this attempt up before we did, as its peer_timeout is shorter. */
+static void begin_again(struct fab_peer *p)
+{
+    int64_t deadline = p->deadline;
+    p->mine = 0;
+    begin(p, true);
+    p->deadline = deadline;
+    p->next_hello = p->engine->now + FAB_HELLO_EVERY_NS;
+}
+
 static void on_refuse(struct fab_peer *p, struct fab_reader *r)
 {
+    struct fab_engine *e = p->engine;
     uint8_t id[FAB_ENGINE_ID_BYTES];
     char text[FAB_TEXT_MAX], line[FAB_TEXT_MAX + 32];
     fab_get(r, id, sizeof id);
     uint64_t session = fab_get_u64(r);
-    fab_get_u32(r);
+    int code = (int)fab_get_u32(r);
     fab_get_text(r, text, sizeof text);
     if (!fab_read_end(r) || session != p->mine || !connecting(p))
         return;
+    if (code == FAB_E_CANCELLED && e->now < p->deadline) {
+        begin_again(p);
+        return;
+    }
+    p->kept_out = code == FAB_E_UNREACHABLE && !memcmp(id, p->id, sizeof id);
     fab_text(line, sizeof line, "refused: %s", text);
     fab_session_doom(p, FAB_E_CLOSED, line);
 }
@@ -335,6 +375,13 @@ static bool mac_ok(const struct fab_engine *e, const struct fab_reader *r,
     fab_hmac(e->secret, e->config.secret_len, label, r->bytes + FAB_FRAME_HEADER, h->signed_bytes,
              mac);
     return fab_mac_equal(mac, h->mac);
+}
+
+/* Whatever it tried up to now is over, or the session that begins. */
+static void note_attempt(struct fab_peer *p, const struct fab_hello *h)
+{
+    if (h->attempt > p->attempts_over)
+        p->attempts_over = h->attempt;
 }
 
 static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct fab_reader *r)
@@ -370,6 +417,7 @@ static void on_welcome(struct fab_peer *p, const struct fab_header *head, struct
     }
     fab_lanes_weigh(p, speeds);
     p->theirs = h.session;
+    note_attempt(p, &h);
     atomic_store(&p->their_fence, h.fence);
     memcpy(p->label, h.label, sizeof p->label);
     p->due_ready = true;
@@ -486,8 +534,9 @@ static void admit(struct fab_nic *nic, struct fab_origin *origin, const struct f
     begin(p, false);
     memcpy(p->cookie, h->cookie, sizeof p->cookie);
     p->theirs = h->session;
+    note_attempt(p, h);
     atomic_store(&p->their_fence, h->fence);
-    p->welcomed = p->had_session = true;
+    p->welcomed = true;
     p->due_welcome = true;
     p->next_hello = e->now + FAB_HELLO_EVERY_NS;
 }
@@ -523,29 +572,13 @@ static void enqueue(struct fab_nic *nic, struct fab_origin *origin, const struct
                              .hello = *h};
 }
 
-enum verdict { ADMIT, DROP, LATER };
-
-static bool of_an_earlier_session(const struct fab_peer *p, uint64_t session)
-{
-    for (uint32_t i = 0; i < FAB_EARLIER_SESSIONS; i++)
-        if (p->earlier[i] == session)
-            return true;
-    return false;
-}
+enum verdict { ADMIT, DROP, LATER, OVER };
 
 /* What becomes of a HELLO that meets a session (S2, S4). */
 static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello *h)
 {
     struct fab_peer *p = fab_peer_find(e, h->from);
     uint32_t state = p ? atomic_load_explicit(&p->state, memory_order_relaxed) : FAB_P_IDLE;
-    if (p && of_an_earlier_session(p, h->session))
-        return DROP;
-    if (state == FAB_P_CONNECTING && p->active && !p->ending) {
-        if (memcmp(e->id, h->from, sizeof e->id) < 0)
-            return DROP; /* ours wins */
-        drop_lanes(p); /* theirs wins: our transfers stay queued and use it */
-        return ADMIT;
-    }
     if ((state == FAB_P_UP || state == FAB_P_CONNECTING) && !p->ending && p->theirs == h->session) {
         /* It did not get ours; once it was heard in the session, this is a late copy. */
         p->due_welcome = state == FAB_P_CONNECTING && !p->active;
@@ -553,6 +586,14 @@ static enum verdict settle_existing(struct fab_engine *e, const struct fab_hello
             p->contact = h->contact; /* where it hears */
         fab_peer_busy(p);
         return DROP;
+    }
+    if (p && h->attempt <= p->attempts_over)
+        return OVER;
+    if (state == FAB_P_CONNECTING && p->active && !p->ending) {
+        if (memcmp(e->id, h->from, sizeof e->id) < 0)
+            return DROP; /* ours wins */
+        drop_lanes(p); /* theirs wins: our transfers stay queued and use it */
+        return ADMIT;
     }
     if (state == FAB_P_UP || state == FAB_P_CONNECTING) {
         fab_session_doom(p, FAB_E_CLOSED, "the peer began a new session");
@@ -644,6 +685,8 @@ static void answer(struct fab_engine *e, const struct fab_pending *n, enum verdi
         refuse(n->nic, n->origin, &n->hello, FAB_E_CLOSED, "it is closing");
     else if (fab_barred(e, n->hello.from))
         refuse(n->nic, n->origin, &n->hello, FAB_E_UNREACHABLE, barred_text);
+    else if (verdict == OVER) /* a late copy; or it does not know yet, and begins anew */
+        refuse(n->nic, n->origin, &n->hello, FAB_E_CANCELLED, "that attempt is over");
     else
         admit(n->nic, n->origin, &n->hello);
 }

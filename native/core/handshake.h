@@ -11,6 +11,8 @@ void fab_handshake_tick(struct fab_peer *peer);
 void fab_handshake_frame(struct fab_peer *peer, const struct fab_header *header,
                          struct fab_reader *reader);
 bool fab_handshake_send_welcome(struct fab_peer *peer);
+/* Lanes of attempts that were given up and could not be closed at once. */
+void fab_handshake_close_dropped(struct fab_engine *engine);
 /* Both sides know each other: CONNECTING -> UP. */
 void fab_handshake_up(struct fab_peer *peer);
 

@@ -371,14 +371,16 @@ int fab_region_get_info(fab_engine *e, int64_t region, fab_region_info *out)
 void fab_memory_on_grant_request(struct fab_peer *p, struct fab_reader *r)
 {
     uint64_t region = fab_get_u64(r), secret = fab_get_u64(r);
+    uint32_t number = fab_get_u32(r);
     if (r->bad || p->asked_count == 2 * FAB_GRANTS_ASKED) {
         r->bad = true; /* one that asks more than it may is answered nothing */
         return;
     }
     for (uint32_t i = 0; i < p->asked_count; i++)
-        if (p->asked[i].region == region && p->asked[i].secret == secret)
+        if (p->asked[i].region == region && p->asked[i].number == number)
             return; /* it came twice, over two lanes */
     p->asked[p->asked_count].region = region;
+    p->asked[p->asked_count].number = number;
     p->asked[p->asked_count++].secret = secret;
 }
 
@@ -397,7 +399,7 @@ static int no_key(const struct fab_peer *p, const struct fab_region *r)
     return FAB_E_SYSTEM;
 }
 
-static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
+static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret, uint32_t question)
 {
     struct fab_engine *e = p->engine;
     struct fab_region *r = fab_slot_get(&e->regions, (int64_t)number);
@@ -412,6 +414,7 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
     fab_frame_begin(&w, FAB_F_GRANT, p->theirs);
     fab_put_u64(&w, number);
     fab_put_u64(&w, secret);
+    fab_put_u32(&w, question);
     fab_put_u32(&w, (uint32_t)code);
     fab_put_u32(&w, !code && r->memfd < 0);
     fab_put_u64(&w, code ? 0 : r->length);
@@ -432,7 +435,8 @@ static bool answer_grant(struct fab_peer *p, uint64_t number, uint64_t secret)
 int fab_memory_answer_grants(struct fab_peer *p)
 {
     int n = 0;
-    while (p->asked_count && answer_grant(p, p->asked[0].region, p->asked[0].secret)) {
+    while (p->asked_count &&
+           answer_grant(p, p->asked[0].region, p->asked[0].secret, p->asked[0].number)) {
         p->asked_count--;
         memmove(p->asked, p->asked + 1, p->asked_count * sizeof *p->asked);
         n++;
@@ -471,6 +475,7 @@ int fab_memory_ask_quiesce(struct fab_peer *p)
         struct fab_writer w;
         fab_frame_begin(&w, FAB_F_QUIESCE, p->theirs);
         fab_put_u64(&w, (uint64_t)fab_slot_handle(r));
+        fab_put_u32(&w, r->question);
         if (fab_session_send(p, &w, NULL))
             clear_bit(r->ask, p->slot.index), p->quiesce_open++, n++;
         else
@@ -484,9 +489,10 @@ void fab_memory_on_quiesced(struct fab_peer *p, struct fab_reader *r)
 {
     struct fab_engine *e = p->engine;
     struct fab_region *region = fab_slot_get(&e->regions, (int64_t)fab_get_u64(r));
+    uint32_t number = fab_get_u32(r);
     if (!region)
         return;
-    if (region->closing && bit(region->quiet, p->slot.index)) {
+    if (region->closing && number == region->question && bit(region->quiet, p->slot.index)) {
         p->quiesce_open -= p->quiesce_open > 0;
         clear_bit(region->quiet, p->slot.index);
         clear_bit(region->holders, p->slot.index);
@@ -536,6 +542,7 @@ static int region_quiet(struct fab_engine *e, void *arg)
 static void ask_holders(struct fab_engine *e, struct fab_region *r)
 {
     r->quiescing = true;
+    r->question = ++e->questions;
     memcpy(r->ask, r->holders, sizeof r->ask);
     memcpy(r->quiet, r->holders, sizeof r->quiet);
     for (uint32_t i = 0; i < FAB_MAX_PEERS; i++) {

@@ -294,20 +294,20 @@ int fab_peer_set_lost(const struct fab_peer_set *set)
 }
 
 /* Who is told that a peer is gone may free what it could write to: it stays out (S6). */
-static void bar_the_lost(struct fab_engine *e, const struct fab_peer_set *set)
+static void bar_the_lost(const struct fab_peer_set *set)
 {
     for (uint32_t i = 0; i < set->count; i++) {
         struct fab_peer *p = set->all[i].peer;
-        if (!p->had_session || fab_peer_lost(&set->all[i]) != FAB_E_UNREACHABLE)
+        if (fab_peer_lost(&set->all[i]) != FAB_E_UNREACHABLE)
             continue;
-        fab_bar(e, p);
+        fab_session_told(p);
         fab_session_end(p, FAB_E_UNREACHABLE, "a wait had been told that it was gone", true);
     }
 }
 
-int fab_peer_set_error(struct fab_engine *e, const struct fab_peer_set *set)
+int fab_peer_set_error(const struct fab_peer_set *set)
 {
-    bar_the_lost(e, set);
+    bar_the_lost(set);
     for (uint32_t i = 0; i < set->count; i++) {
         struct fab_peer *p = set->all[i].peer;
         int code = fab_peer_lost(&set->all[i]);

@@ -46,7 +46,7 @@ int fab_peer_set_open(struct fab_engine *e, struct fab_peer_set *set, const int6
  * and may still be inside a write. */
 int fab_peer_set_lost(const struct fab_peer_set *set);
 /* With the lock: sets the error for what fab_peer_set_lost() returned, and bars who is lost. */
-int fab_peer_set_error(struct fab_engine *e, const struct fab_peer_set *set);
+int fab_peer_set_error(const struct fab_peer_set *set);
 int fab_peer_lost(const struct fab_watched_peer *watched);
 /* The wait timed out and is likely to be gone on with: its peers stay business for a while, so that
  * waiting in slices is as good as waiting in one go. */

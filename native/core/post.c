@@ -374,11 +374,12 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
     } else {
         uint64_t bytes = t->kind == FAB_K_PAGES ? t->length : s->end - s->begin;
         fab_stats_acknowledged(p, lane, wr_id & WR_LAST ? bytes : 0);
-        /* On `local` we do the work ourselves: it proves nothing about the peer. */
-        if (lane->nic->info.kind != FAB_KIND_LOCAL) {
+        /* On tcp the peer's process acknowledges, elsewhere its NIC, which a process that hangs does not
+         * stop; on `local` we do the work ourselves. */
+        if (lane->nic->info.kind == FAB_KIND_OFI_TCP)
             p->last_heard = e->now;
+        if (lane->nic->info.kind != FAB_KIND_LOCAL)
             fab_lane_alive(lane);
-        }
         if (wr_id & WR_LAST)
             acknowledge(t);
     }

@@ -83,10 +83,12 @@ static void ask(struct fab_grant *g)
     fab_frame_begin(&w, FAB_F_GRANT_REQ, p->theirs);
     fab_put_u64(&w, g->region);
     fab_put_u64(&w, g->secret);
+    fab_put_u32(&w, p->grants_asked + 1);
     if (!fab_session_send(p, &w, NULL)) {
         fab_peer_busy(p);
         return;
     }
+    g->asked = ++p->grants_asked;
     g->state = FAB_G_ASKED;
     p->grants_open++;
 }
@@ -164,13 +166,14 @@ static int read_keys(struct fab_reader *r, struct fab_grant *g)
 void fab_remote_on_grant(struct fab_peer *p, struct fab_reader *r, int *fd)
 {
     uint64_t region = fab_get_u64(r), secret = fab_get_u64(r);
+    uint32_t number = fab_get_u32(r);
     int code = (int)fab_get_u32(r);
     bool pulled = fab_get_u32(r);
     uint64_t length = fab_get_u64(r);
     struct fab_grant *g = p->grants;
     while (g && (g->region != region || g->secret != secret))
         g = g->next;
-    if (r->bad || !g || g->state != FAB_G_ASKED)
+    if (r->bad || !g || g->state != FAB_G_ASKED || g->asked != number)
         return;
     let_go(g);
     int rc = read_keys(r, g);
@@ -194,6 +197,7 @@ void fab_remote_on_grant(struct fab_peer *p, struct fab_reader *r, int *fd)
 void fab_remote_on_quiesce(struct fab_peer *p, struct fab_reader *r)
 {
     uint64_t region = fab_get_u64(r);
+    uint32_t number = fab_get_u32(r);
     struct fab_grant *g = r->bad ? NULL : find_grant(p, region);
     if (r->bad)
         return;
@@ -206,6 +210,7 @@ void fab_remote_on_quiesce(struct fab_peer *p, struct fab_reader *r)
             p->grants_open--;
         g->state = FAB_G_REVOKED;
         g->due_quiesced = true;
+        g->quiesced = number;
     }
     p->due_quiesced = true;
 }
@@ -229,6 +234,7 @@ int fab_remote_answer_quiesce(struct fab_peer *p)
         struct fab_writer w;
         fab_frame_begin(&w, FAB_F_QUIESCED, p->theirs);
         fab_put_u64(&w, g->region);
+        fab_put_u32(&w, g->quiesced);
         if (!fab_session_send(p, &w, NULL)) {
             more = true;
             break;

@@ -129,8 +129,6 @@ static void forget_session(struct fab_peer *p)
     fab_remotes_end_session(p);
     fab_regions_forget_holder(p);
     fab_messages_end_session(p);
-    if (p->was_up)
-        p->earlier[p->earlier_next++ % FAB_EARLIER_SESSIONS] = p->theirs;
     p->was_up = false;
     p->mine = p->theirs = 0;
     p->lane_count = 0;
@@ -231,7 +229,6 @@ void fab_session_end(struct fab_peer *p, int code, const char *text, bool goodby
     p->end_code = code;
     if (text != p->end_text)
         fab_text(p->end_text, sizeof p->end_text, "%s", text);
-    p->no_fence = false;
     p->deadline = fab_now() + FENCE_STUCK_NS;
     atomic_store_explicit(&p->state, FAB_P_FENCING, memory_order_release);
     fab_transfers_fail_peer(p, FAB_E_UNREACHABLE, p->end_text);
@@ -239,12 +236,18 @@ void fab_session_end(struct fab_peer *p, int code, const char *text, bool goodby
         ended(p);
 }
 
-/* Whether somebody here is told PeerUnreachable by this end (S6). Where there was no session yet,
- * nothing can land, and nobody needs protection. */
+/* A peer that keeps us out was told before us. All that it had begun is over, and what it begins is new:
+ * were it barred in turn, the two would keep each other out by turns. */
+void fab_session_told(struct fab_peer *p)
+{
+    if (!p->kept_out)
+        fab_bar(p->engine, p);
+}
+
+/* Whether somebody here is told PeerUnreachable by this end (S6). Where there was no session, what the
+ * peer has begun may yet begin one. */
 static bool anybody_told(const struct fab_peer *p)
 {
-    if (atomic_load_explicit(&p->state, memory_order_relaxed) != FAB_P_UP && !p->welcomed)
-        return false;
     return p->queue.head || p->inflight.head || p->sending.head || p->sent.head ||
            fab_peer_waited_for(p);
 }
@@ -253,7 +256,7 @@ void fab_session_carry_out_doom(struct fab_peer *p)
 {
     take_leftovers(p);
     if (anybody_told(p))
-        fab_bar(p->engine, p);
+        fab_session_told(p);
     fab_session_end(p, FAB_E_UNREACHABLE, p->end_text, true);
 }
 
@@ -415,9 +418,9 @@ static bool right_length(const struct fab_header *h, const struct fab_reader *r)
                                                     [FAB_F_PONG] = 8,
                                                     [FAB_F_ACK] = 8,
                                                     [FAB_F_VOIDED] = 4,
-                                                    [FAB_F_GRANT_REQ] = 16,
-                                                    [FAB_F_QUIESCE] = 8,
-                                                    [FAB_F_QUIESCED] = 8,
+                                                    [FAB_F_GRANT_REQ] = 20,
+                                                    [FAB_F_QUIESCE] = 12,
+                                                    [FAB_F_QUIESCED] = 12,
                                                     [FAB_F_LANE_DOWN] = 8,
                                                     [FAB_F_LANE_READY] = 8,
                                                     [FAB_F_LANE_WANTED] = 8,

@@ -9,8 +9,10 @@
 
 #include "engine.h"
 
-/* First use: IDLE or DEAD -> CONNECTING, or DEAD with the reason. Lifts the bar. */
+/* First use: IDLE or DEAD -> CONNECTING, which lifts the bar; or DEAD with the reason. */
 void fab_session_start(struct fab_peer *peer);
+/* Somebody here is told PeerUnreachable: the peer stays out until its address is used again (S6). */
+void fab_session_told(struct fab_peer *peer);
 /* The session is to end in this turn. The first reason is kept. */
 void fab_session_doom(struct fab_peer *peer, int code, const char *text);
 /* Ends a doomed session, and bars the peer if somebody here is told so. */

@@ -226,6 +226,8 @@ static void start_one(struct fab_transfer *t)
         fab_message_start(p, t);
     else
         fab_post_enqueue(t);
+    if (state == FAB_P_FENCING)
+        fab_session_told(p); /* when its end began, nobody may have been */
     if (state == FAB_P_FENCING || p->ending)
         fab_transfer_fail(t, FAB_E_UNREACHABLE, p->end_text);
 }

@@ -222,7 +222,7 @@ static int watch_peers(struct fab_engine *e, struct fab_watch *w, const int64_t 
     if (!code) {
         code = fab_peer_set_lost(w->peers);
         if (code)
-            fab_peer_set_error(e, w->peers);
+            fab_peer_set_error(w->peers);
     }
     return code;
 }

@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "handshake.h"
 #include "peer.h"
 #include "post.h"
 #include "session.h"
@@ -21,7 +22,8 @@
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define IDLE_TICK_NS (2 * FAB_TICK_NS) /* between ticks while nothing else happens */
 #define HELPER_ARM_TRIES 8
-#define GIVE_WAY_NS (500 * NS_PER_US) /* what the worker leaves to others who want the lock */
+#define GIVE_WAY_NS \
+    (50 * NS_PER_MS) /* how long the worker lets somebody else have the lock first */
 #define LATE_TICK_NS (100 * NS_PER_MS)
 
 void fab_close_fd(int fd)
@@ -65,9 +67,12 @@ void fab_lock(struct fab_engine *e)
 {
     if (fab_trylock(e))
         return;
-    atomic_fetch_add_explicit(&e->lock_wanted, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&e->lock_wanted, 1, memory_order_seq_cst);
     pthread_mutex_lock(&e->lock);
     atomic_fetch_sub_explicit(&e->lock_wanted, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&e->lock_handed, 1, memory_order_seq_cst);
+    if (atomic_load_explicit(&e->giving_way, memory_order_seq_cst))
+        syscall(SYS_futex, &e->lock_handed, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 static int take_commands(struct fab_engine *e);
@@ -191,6 +196,8 @@ int fab_turn(struct fab_engine *e)
     }
     if (e->newcomer_count)
         n += fab_newcomers_serve(e);
+    if (e->dropped_count)
+        fab_handshake_close_dropped(e);
     if (e->now >= e->next_tick)
         tick(e);
     if (e->busy) /* after the tick: what that finds to do is not left for another waking */
@@ -241,7 +248,7 @@ static void disarm_all(struct fab_engine *e)
 
 static bool any_business(struct fab_engine *e)
 {
-    bool any = e->newcomer_count;
+    bool any = e->newcomer_count || e->dropped_count;
     uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
     for (uint32_t i = 0; i < touched; i++) {
         struct fab_peer *p = fab_slot_at(&e->peers, i);
@@ -298,17 +305,19 @@ static void nap(struct fab_engine *e)
     atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
 }
 
-/* A mutex is not fair: who sleeps on it would not get it as long as the worker has work. */
+/* A mutex is not fair: who sleeps on it would not get it as long as the worker has work. So after each
+ * turn the worker lets one of them go first. */
 static void give_way(struct fab_engine *e)
 {
-    int64_t until = 0;
-    while (atomic_load_explicit(&e->lock_wanted, memory_order_relaxed)) {
-        int64_t now = fab_now();
-        until = until ? until : now + GIVE_WAY_NS;
-        if (now >= until)
-            return;
-        sched_yield();
+    uint32_t handed = atomic_load_explicit(&e->lock_handed, memory_order_seq_cst);
+    if (!atomic_load_explicit(&e->lock_wanted, memory_order_relaxed))
+        return;
+    atomic_store_explicit(&e->giving_way, true, memory_order_seq_cst);
+    if (atomic_load_explicit(&e->lock_wanted, memory_order_seq_cst)) {
+        struct timespec most = {.tv_nsec = GIVE_WAY_NS};
+        syscall(SYS_futex, &e->lock_handed, FUTEX_WAIT_PRIVATE, handed, &most, NULL, 0);
     }
+    atomic_store_explicit(&e->giving_way, false, memory_order_relaxed);
 }
 
 static int worker_turn(struct fab_engine *e, bool napped)

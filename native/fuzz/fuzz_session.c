@@ -68,6 +68,7 @@ static void put_grant(struct fuzz_input *in, const struct fab_peer *peer, struct
         g = g->next;
     fab_put_u64(w, g ? g->region : 1);
     fab_put_u64(w, g ? g->secret : 1);
+    fab_put_u32(w, g && !(how & 64) ? g->asked : 0);
     fab_put_u32(w, how & 4 ? fuzz_u32(in) : 0);
     fab_put_u32(w, how & 8);
     fab_put_u64(w, how & 16 ? fuzz_u64(in) : FUZZ_MEMORY);

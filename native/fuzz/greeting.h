@@ -40,13 +40,14 @@ static inline void fuzz_fill_lanes(struct fuzz_input *in, const fab_engine *from
 
 /* From one engine to the other; a WELCOME `answers` that session. True: what was sent is not what was
  * signed. */
-static inline bool fuzz_greet(struct fuzz_input *in, const fab_engine *from, const fab_engine *to,
+static inline bool fuzz_greet(struct fuzz_input *in, fab_engine *from, const fab_engine *to,
                               enum fab_frame_type type, uint64_t answers, struct fab_writer *w)
 {
     bool welcome = type == FAB_F_WELCOME;
     uint8_t how = fuzz_u8(in);
     struct fab_hello h = {.session = how & 1 ? fuzz_u8(in) : 7,
                           .answers = how & 2 ? fuzz_u64(in) : answers,
+                          .attempt = welcome ? from->attempts : ++from->attempts,
                           .kind = how & 4 ? fuzz_u8(in) : FAB_KIND_SIM,
                           .nic_count = how & 8 ? fuzz_u8(in) : 2,
                           .lane_count = how & 16 ? fuzz_u8(in) % (FAB_MAX_LANES + 1) : 2,
@@ -60,6 +61,7 @@ static inline bool fuzz_greet(struct fuzz_input *in, const fab_engine *from, con
         h.from[0] ^= fuzz_u8(in) & 3;
         h.peer_timeout = fuzz_u64(in);
         h.fence = fuzz_u64(in);
+        h.attempt -= fuzz_u8(in);
         fuzz_eat(in, h.label, sizeof h.label);
     }
     fuzz_fill_lanes(in, from, &h);

@@ -271,11 +271,11 @@ static void test_buckets(void)
 /* The bodies as ARCHITECTURE.md has them: I is 16 bytes, q u64, i u32, t a text, b up to 4096 bytes
  * to the end, v a count and as many ids. HELLO and WELCOME have a test of their own. */
 static const char *const bodies[FAB_F_LAST + 1] = {
-    [FAB_F_CHALLENGE] = "IqI", [FAB_F_READY] = "",       [FAB_F_REFUSE] = "Iqit",
-    [FAB_F_BYE] = "it",        [FAB_F_PING] = "q",       [FAB_F_PONG] = "q",
-    [FAB_F_MESSAGE] = "iiib",  [FAB_F_ACK] = "ii",       [FAB_F_VOID] = "iv",
-    [FAB_F_VOIDED] = "i",      [FAB_F_GRANT_REQ] = "qq", [FAB_F_GRANT] = "qqiiqi",
-    [FAB_F_QUIESCE] = "q",     [FAB_F_QUIESCED] = "q"};
+    [FAB_F_CHALLENGE] = "IqI", [FAB_F_READY] = "",        [FAB_F_REFUSE] = "Iqit",
+    [FAB_F_BYE] = "it",        [FAB_F_PING] = "q",        [FAB_F_PONG] = "q",
+    [FAB_F_MESSAGE] = "iiib",  [FAB_F_ACK] = "ii",        [FAB_F_VOID] = "iv",
+    [FAB_F_VOIDED] = "i",      [FAB_F_GRANT_REQ] = "qqi", [FAB_F_GRANT] = "qqiiiqi",
+    [FAB_F_QUIESCE] = "qi",    [FAB_F_QUIESCED] = "qi"};
 
 static void put_field(struct fab_writer *w, char field, uint64_t *state)
 {
@@ -426,6 +426,7 @@ static void random_hello(struct fab_hello *h)
     check_paint(h->from, 2 * FAB_ENGINE_ID_BYTES, check_next(&check_state));
     h->session = check_next(&check_state) | 1;
     h->answers = check_next(&check_state);
+    h->attempt = check_next(&check_state);
     h->kind = (uint32_t)check_random(7);
     h->nic_count = 1 + (uint32_t)check_random(FAB_MAX_NICS);
     h->lane_count = 1 + (uint32_t)check_random(FAB_MAX_LANES);

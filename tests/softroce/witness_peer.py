@@ -210,7 +210,7 @@ class Session:
         self.send("VOIDED", number=body["number"])
 
     def on_quiesce(self, body: Values) -> None:
-        self.send("QUIESCED", region=body["region"])
+        self.send("QUIESCED", region=body["region"], number=body["number"])
 
     def on_lane_down(self, body: Values) -> None:
         self.broken.add(body["lane"])
@@ -256,6 +256,7 @@ class Peer:
         self.regions: dict[int, Memory] = {}
         self.hellos: list[tuple[float, Frame]] = []
         self.session: Session | None = None
+        self.attempts = 0
         self.sent: list[bytes] = []  # the HELLO of each session that we began
         self.answers = {
             "HELLO", "PING", "VOID", "QUIESCE", "GRANT_REQ", "MESSAGE", "ACK", "BYE", "LANE_DOWN",
@@ -266,11 +267,13 @@ class Peer:
 
     def hello_values(self, target: bytes, session: int, answers: int = 0) -> Values:
         """Return the fields of a HELLO or WELCOME but for its lanes."""
+        self.attempts += not answers
         return {
             "source": self.id,
             "target": target,
             "session": session,
             "answers": answers,
+            "attempt": self.attempts,
             "kind": KIND_VERBS,
             "nics": self.nics,
             "fragments": CREDIT,
@@ -368,7 +371,8 @@ class Peer:
     def grant(self, descriptor: Values) -> Values:
         """Ask the owner of a descriptor for it; returns the answer."""
         session, seen = self.up(), len(self.up().frames)
-        session.send("GRANT_REQ", region=descriptor["region"], secret=descriptor["secret"])
+        asked = {"region": descriptor["region"], "secret": descriptor["secret"]}
+        session.send("GRANT_REQ", **asked, number=1)
         return self.await_frame("GRANT", seen).body
 
     def await_frame(self, kind: str, seen: int = 0, seconds: float = 10.0) -> Frame:

@@ -59,7 +59,7 @@ DATAGRAM = Layout(
     "magic:H version:B -:x serial:I source:Q token:Q number:H count:H length:H chunk:H"
 )
 HELLO = Layout(
-    "source:16s target:16s session:Q answers:Q kind:I nics:I lane_count:I fragments:I"
+    "source:16s target:16s session:Q answers:Q attempt:Q kind:I nics:I lane_count:I fragments:I"
     " contact:I peer_timeout:Q fence:Q nonce:16s cookie:16s label:64s"
 )
 
@@ -76,10 +76,10 @@ FRAMES: dict[str, tuple[int, Layout, str]] = {
     "ACK": (10, Layout("held:I limit:I"), ""),
     "VOID": (11, Layout("number:I"), "ids"),
     "VOIDED": (12, Layout("number:I"), ""),
-    "GRANT_REQ": (13, Layout("region:Q secret:Q"), ""),
-    "GRANT": (14, Layout("region:Q secret:Q code:i pulled:I length:Q keys:I"), ""),
-    "QUIESCE": (15, Layout("region:Q"), ""),
-    "QUIESCED": (16, Layout("region:Q"), ""),
+    "GRANT_REQ": (13, Layout("region:Q secret:Q number:I"), ""),
+    "GRANT": (14, Layout("region:Q secret:Q number:I code:i pulled:I length:Q keys:I"), ""),
+    "QUIESCE": (15, Layout("region:Q number:I"), ""),
+    "QUIESCED": (16, Layout("region:Q number:I"), ""),
     "LANE_DOWN": (17, Layout("lane:I serial:I"), ""),
     "LANE_OPEN": (18, Layout("lane:I serial:I length:I blob:128s"), ""),
     "LANE_OPENED": (19, Layout("lane:I serial:I length:I blob:128s"), ""),
