@@ -192,6 +192,21 @@ def test_a_wait_that_was_told_keeps_the_peer_out(kind: str, met: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_wait_on_one_that_left_before_keeps_it_out(kind: str) -> None:
+    """Nobody was told when the session ended; who waits afterwards is, at once."""
+    with pair(kind, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        p.a.disconnect(p.b.address, timeout=1.0)
+        assert p.world.run_until(lambda: p.b.stats().peers[0].state == "dead", 1.0)
+        with pytest.raises(fabric.PeerUnreachable):
+            p.count.wait(1, timeout=1.0, peers=[p.a.address])
+        p.source.numpy()[:] = 7
+        with pytest.raises(fabric.PeerUnreachable, match="has to use our address again"):
+            p.a.write(p.source, p.remote, imm=p.count.id).wait(timeout=1.0)
+        assert (p.landed(7), p.count.value) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_that_were_told_come_together_again(kind: str) -> None:
     """Each uses the other's address once, in turn; a refusal bars nobody."""
     with pair(kind) as p:
