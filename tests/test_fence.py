@@ -133,7 +133,8 @@ def turns_of_calls(node: State, count: int) -> int:
     first = node.engine.stats().worker_turns
     for _ in range(count - 1):
         node.engine.stats()
-    return node.engine.stats().worker_turns - first
+    turns: int = node.engine.stats().worker_turns - first
+    return turns
 
 
 def test_disconnect_of_one_leaves_the_others(farm: Farm) -> None:

@@ -50,6 +50,10 @@ class Pair:
         peers = [peer for engine in (self.a, self.b) for peer in engine.stats().peers]
         return [peer.lanes for peer in peers] == [self.nics] * 2
 
+    def is_over(self) -> bool:
+        """Return whether the second engine has no session any more."""
+        return self.b.stats().peers_up == 0
+
     def landed(self, value: int) -> int:
         """Return how many bytes of the target have this value."""
         return int((self.target.numpy() == value).sum())
@@ -234,7 +238,7 @@ def test_a_call_while_a_fence_is_slow_is_told_as_well(kind: str) -> None:
         with pair(kind, seed=seed, slow_fences=1.0, timeouts=(PATIENT, PATIENT)) as p:
             p.meet()
             p.a.disconnect(p.b.address, timeout=1.0)
-            assert p.world.run_until(lambda p=p: p.b.stats().peers_up == 0, 1.0)
+            assert p.world.run_until(p.is_over, 1.0)
             if p.b.stats().peers[0].state != "fencing":
                 continue
             slow += 1
