@@ -39,6 +39,7 @@ CHANCES = (
     "lost_contacts",
     "double_contacts",
     "slow_fences",
+    "stuck_regions",
 )
 """What can happen, each with a chance from 0 to 1."""
 HISTORY_BYTES = 4 << 20
@@ -54,7 +55,8 @@ class World:
         jitter: and up to so many more, each at its own.
         chances: ``lost_writes`` fail and are not executed; ``lost_answers`` are executed, and fail
             all the same; ``lost_contacts`` and ``double_contacts`` are of first frames;
-            ``slow_lanes`` take 20 times as long; ``slow_fences`` need up to 30 ms.
+            ``slow_lanes`` take 20 times as long; ``slow_fences`` need up to 30 ms;
+            ``stuck_regions`` are not let go of by their NIC at that try.
 
     Raises:
         InvalidArgument: a value is out of range, a world or an engine is open already.

@@ -121,6 +121,22 @@ def test_deregistering_ends_what_is_under_way(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_region_that_a_nic_does_not_let_go_of_is_tried_again(kind: str) -> None:
+    """It takes part in nothing meanwhile, and its memory is not free until that went well."""
+    with pair(kind) as p:
+        p.meet()
+        p.world.set(stuck_regions=1.0)
+        for _ in range(3):
+            with pytest.raises(fabric.FabricError, match="do not free its memory"):
+                p.b.deregister(p.target, timeout=1.0)
+        with pytest.raises(fabric.TransferFailed, match="region"):
+            p.a.write(p.source, p.remote).wait(timeout=1.0)
+        p.world.set(stuck_regions=0.0)
+        p.b.deregister(p.target, timeout=1.0)
+        assert p.b.stats().regions == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_who_is_told_that_a_peer_is_gone_has_fenced_it(kind: str) -> None:
     with pair(kind, slow_fences=1.0, timeouts=(PATIENT, PATIENT)) as p:
         p.meet()

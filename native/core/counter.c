@@ -29,9 +29,14 @@ void fab_counters_fini(struct fab_engine *e)
 
 /* ---- cells of user ids ---- */
 
+static uint32_t hash_of(uint32_t id)
+{
+    return id * 2654435761u >> 16 & (USER_BUCKETS - 1);
+}
+
 static uint32_t *user_bucket(struct fab_engine *e, uint32_t id)
 {
-    return &e->user_heads[id * 2654435761u >> 16 & (USER_BUCKETS - 1)];
+    return &e->user_heads[hash_of(id)];
 }
 
 static struct fab_cell *find_user(struct fab_engine *e, uint32_t id)
@@ -53,8 +58,10 @@ static struct fab_cell *add_user(struct fab_engine *e, uint32_t id)
         return NULL;
     struct fab_cell *cell = &e->cells[at - 1];
     uint32_t *bucket = user_bucket(e, id);
+    bool lost = e->lost_ids[hash_of(id) / 64] >> (hash_of(id) % 64) & 1;
+    uint32_t flags = FAB_CELL_USED | (lost ? FAB_CELL_VOID | FAB_CELL_OVERFLOWED : 0);
     *cell = (struct fab_cell){.id = id, .watch = FAB_NO_WATCH, .next = *bucket};
-    atomic_store_explicit(&cell->flags, FAB_CELL_USED, memory_order_relaxed);
+    atomic_store_explicit(&cell->flags, flags, memory_order_relaxed);
     *bucket = at;
     return cell;
 }
@@ -106,6 +113,37 @@ static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t times
     }
 }
 
+/* All cells of user ids are taken, by whomever: the id is void when it is opened while a session lasts in
+ * which this happened. So is another one with the same hash, which costs a count and spares a list. */
+static void lose(struct fab_engine *e, struct fab_peer *peer, uint32_t id, uint32_t times)
+{
+    e->stats.imm_overflow += times;
+    e->lost_ids[hash_of(id) / 64] |= UINT64_C(1) << (hash_of(id) % 64);
+    if (!peer->lost_ids)
+        fab_log(FAB_LOG_WARN,
+                "peer %s sent immediates under ids that nobody opened while all %d were taken; "
+                "those are void",
+                peer->label, FAB_MAX_USER_IDS);
+    peer->lost_ids = true;
+}
+
+void fab_counters_end_session(struct fab_engine *e, struct fab_peer *peer)
+{
+    if (peer->early_overflow)
+        fab_counters_forget_peer(e, peer);
+    peer->early_overflow = false;
+    bool any = peer->lost_ids;
+    peer->lost_ids = false;
+    uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
+    for (uint32_t i = 0; any && i < touched; i++) {
+        const struct fab_peer *other = fab_slot_at(&e->peers, i);
+        if (fab_slot_live(other) && other->lost_ids)
+            return;
+    }
+    if (any)
+        memset(e->lost_ids, 0, sizeof e->lost_ids);
+}
+
 static struct fab_cell *early_cell(struct fab_engine *e, struct fab_peer *peer, uint32_t id)
 {
     if (peer->early_ids >= FAB_MAX_EARLY_IDS)
@@ -125,8 +163,9 @@ void fab_counters_forget_peer(struct fab_engine *e, struct fab_peer *peer)
 {
     for (uint32_t i = 0; peer->early_ids && i < e->user_touched; i++) {
         struct fab_cell *cell = &e->cells[FAB_MAX_COUNTERS + i];
-        if (cell->early != peer->slot.index + 1)
-            continue;
+        uint32_t flags = atomic_load_explicit(&cell->flags, memory_order_relaxed);
+        if (cell->early != peer->slot.index + 1 || (flags & FAB_CELL_SHARED))
+            continue; /* what others counted stays, charged to the peer's place in the table */
         uncharge(e, cell);
         drop_user(e, cell); /* what is charged to a peer, nobody has opened */
     }
@@ -141,6 +180,24 @@ static struct fab_cell *engine_cell(struct fab_engine *e, uint32_t id)
     return (flags & FAB_CELL_OPEN) && cell->id == (id >> 16 & (GENERATIONS - 1)) ? cell : NULL;
 }
 
+/* The cell of a user id. NULL: there is no place for it, which has been dealt with. */
+static struct fab_cell *user_cell(struct fab_engine *e, struct fab_peer *peer, uint32_t id,
+                                  uint32_t times)
+{
+    struct fab_cell *cell = find_user(e, id);
+    if (cell && cell->early && cell->early != peer->slot.index + 1)
+        atomic_fetch_or_explicit(&cell->flags, FAB_CELL_SHARED, memory_order_relaxed);
+    if (cell)
+        return cell;
+    bool full = peer->early_ids >= FAB_MAX_EARLY_IDS;
+    cell = early_cell(e, peer, id);
+    if (!cell && full)
+        overflow(e, peer, times);
+    else if (!cell)
+        lose(e, peer, id, times);
+    return cell;
+}
+
 void fab_count(struct fab_engine *e, struct fab_peer *peer, uint32_t imm, uint32_t times)
 {
     uint32_t id = imm & FAB_ID_MASK, pieces = (imm >> 28) + 1;
@@ -152,13 +209,9 @@ void fab_count(struct fab_engine *e, struct fab_peer *peer, uint32_t imm, uint32
             return;
         }
     } else {
-        cell = find_user(e, id);
+        cell = user_cell(e, peer, id, times);
         if (!cell)
-            cell = early_cell(e, peer, id);
-        if (!cell) {
-            overflow(e, peer, times);
             return;
-        }
     }
     e->stats.rx_imms += times;
     peer->rx_imms += times;
@@ -176,11 +229,7 @@ void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id)
     if (id & FAB_ID_ENGINE_BIT) {
         cell = engine_cell(e, id);
     } else {
-        cell = find_user(e, id);
-        if (!cell)
-            cell = early_cell(e, peer, id);
-        if (!cell)
-            overflow(e, peer, 0);
+        cell = user_cell(e, peer, id, 0);
     }
     if (cell)
         void_cell(e, cell, 0);
@@ -190,10 +239,10 @@ int fab_void_error(const struct fab_cell *cell)
 {
     if (atomic_load(&cell->flags) & FAB_CELL_OVERFLOWED)
         return fab_error(FAB_E_VOID,
-                         "the counter is void: a peer sent immediates under more than "
-                         "%d ids that nobody had opened; open counters before they are used, or "
-                         "let the engine choose their ids",
-                         FAB_MAX_EARLY_IDS);
+                         "the counter is void: a peer sent immediates under ids that nobody had "
+                         "opened, under more than %d or while all %d were taken; open counters "
+                         "before they are used, or let the engine choose their ids",
+                         FAB_MAX_EARLY_IDS, FAB_MAX_USER_IDS);
     return fab_error(FAB_E_VOID, "the counter is void: a write under its id failed or was "
                                  "cancelled; use a fresh id");
 }
@@ -230,19 +279,18 @@ static int find_run(struct fab_engine *e, uint32_t count)
     return -1;
 }
 
-/* A generation that none of the cells had last. */
+/* A generation that none of the cells had last; GENERATIONS: each of them was some cell's last. */
 static uint32_t fresh_generation(const struct fab_engine *e, uint32_t first, uint32_t count)
 {
-    uint32_t generation = (e->cells[first].id + 1) % GENERATIONS;
-    for (uint32_t i = first; i < first + count; i++) {
-        if (e->cells[i].id != generation)
-            continue;
-        generation = (generation + 1) % GENERATIONS;
-        i = first - 1; /* start over; the rotation is longer than any run of equal slots */
-        if (count >= GENERATIONS)
-            break;
+    bool last[GENERATIONS] = {false};
+    for (uint32_t i = first; i < first + count; i++)
+        last[e->cells[i].id % GENERATIONS] = true;
+    for (uint32_t i = 1; i <= GENERATIONS; i++) {
+        uint32_t generation = (e->cells[first].id + i) % GENERATIONS;
+        if (!last[generation])
+            return generation;
     }
-    return generation;
+    return GENERATIONS;
 }
 
 static int open_engine_cells(struct fab_engine *e, struct fab_counter *c, uint32_t count)
@@ -252,6 +300,11 @@ static int open_engine_cells(struct fab_engine *e, struct fab_counter *c, uint32
         return fab_error(FAB_E_FULL, "no %u counters in a row are free (limit %d); close some",
                          count, FAB_MAX_COUNTERS);
     uint32_t generation = fresh_generation(e, (uint32_t)first, count);
+    if (generation == GENERATIONS)
+        return fab_error(FAB_E_FULL,
+                         "%u counters in a row had all %u generations before; ask for blocks of "
+                         "less than %u",
+                         count, GENERATIONS, GENERATIONS);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t at = (uint32_t)first + i;
         struct fab_cell *cell = &e->cells[at];

@@ -21,6 +21,8 @@ void fab_count(struct fab_engine *e, struct fab_peer *peer, uint32_t imm, uint32
 void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id);
 /* Sets the error that says why the cell is void, and returns its code. */
 int fab_void_error(const struct fab_cell *cell);
+/* What its session made void for others is over; what it counted too early to be kept is dropped. */
+void fab_counters_end_session(struct fab_engine *e, struct fab_peer *peer);
 /* The peer's slot is about to be reused: its early arrivals are charged to nobody from here on. */
 void fab_counters_forget_peer(struct fab_engine *e, struct fab_peer *peer);
 

@@ -58,7 +58,13 @@ struct fab_list {
 };
 
 /* ---- counters ---- */
-enum { FAB_CELL_OPEN = 1, FAB_CELL_VOID = 2, FAB_CELL_USED = 4, FAB_CELL_OVERFLOWED = 8 };
+enum {
+    FAB_CELL_OPEN = 1,
+    FAB_CELL_VOID = 2,
+    FAB_CELL_USED = 4,
+    FAB_CELL_OVERFLOWED = 8,
+    FAB_CELL_SHARED = 16 /* early, and another peer than the one that is charged counted, too */
+};
 
 struct fab_cell {
     _Atomic uint64_t sum; /* ranges x 720720 */
@@ -328,6 +334,7 @@ struct fab_peer {
 
     uint32_t early_ids;
     bool early_overflow;
+    bool lost_ids; /* it counted under some of fab_engine.lost_ids */
     uint64_t tx_bytes, tx_ranges, rx_imms, rx_frames, tx_frames;
 };
 
@@ -401,6 +408,8 @@ struct fab_engine {
     struct fab_slots transfers, regions, imports, counters, peers, queues, watches;
     struct fab_cell *cells; /* FAB_MAX_COUNTERS, then FAB_MAX_USER_IDS */
     uint64_t cell_bits[FAB_MAX_COUNTERS / 64];
+    uint64_t
+        lost_ids[FAB_MAX_USER_IDS / 64]; /* user ids whose counts found no cell, by their hash */
     uint32_t cell_cursor;
     uint32_t *user_heads; /* hash of user ids: cell index + 1 */
     uint32_t user_free, user_touched;

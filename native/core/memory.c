@@ -654,8 +654,9 @@ int fab_region_deregister(fab_engine *e, int64_t region, int64_t timeout)
         return FAB_E_CLOSED;
     if (timeout < 0)
         timeout = QUIESCE_DEFAULT_TIMEOUTS * e->config.peer_timeout_ns;
-    struct fab_region *r = fab_region_get(e, region);
-    int rc = FAB_E_INVALID;
+    /* Not fab_region_get(): that hides one that a NIC did not let go of, which may be tried again. */
+    struct fab_region *r = fab_slot_get(&e->regions, region);
+    int rc = r ? 0 : fab_error(FAB_E_INVALID, "the region was deregistered");
     if (r) {
         rc = deregister(e, r, timeout);
         fab_region_put(e, r);

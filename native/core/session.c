@@ -140,9 +140,7 @@ static void forget_session(struct fab_peer *p)
     p->due_voided = p->due_quiesce = p->due_quiesced = false;
     p->void_count = p->void_sent = 0;
     p->asked_count = p->grants_open = p->quiesce_open = 0;
-    if (p->early_overflow)
-        fab_counters_forget_peer(p->engine, p);
-    p->early_overflow = false;
+    fab_counters_end_session(p->engine, p);
 }
 
 static void ended(struct fab_peer *p)

@@ -253,12 +253,20 @@ static int slot_free(struct fab_engine *e, void *arg)
     return atomic_load_explicit(&e->transfers.live, memory_order_relaxed) < FAB_MAX_TRANSFERS;
 }
 
+/* What is left of a wait that began when `until` was `wait` away; negative: for ever. */
+static int64_t left_of(int64_t wait, int64_t until)
+{
+    int64_t left = until - fab_now();
+    return wait < 0 ? wait : left > 0 ? left : 0;
+}
+
 static struct fab_transfer *new_transfer(struct fab_engine *e, enum fab_transfer_kind kind,
                                          uint32_t op, int64_t wait)
 {
     struct fab_transfer *t = fab_slot_alloc(&e->transfers);
-    while (!t && wait && fab_wait(e, slot_free, NULL, wait) == 1)
-        t = fab_slot_alloc(&e->transfers);
+    int64_t until = t || !wait ? 0 : fab_now() + wait;
+    while (!t && wait && fab_wait(e, slot_free, NULL, left_of(wait, until)) == 1)
+        t = fab_slot_alloc(&e->transfers); /* another thread may have been quicker */
     if (!t) {
         atomic_fetch_add_explicit(&e->queue_full, 1, memory_order_relaxed);
         fab_error(FAB_E_FULL, "%d transfers are under way or unreleased, the limit",
@@ -662,7 +670,7 @@ int64_t fab_send(fab_engine *e, int64_t peer, const void *bytes, uint64_t length
 {
     if (fab_enter(e))
         return FAB_E_CLOSED;
-    int64_t result = 0;
+    int64_t result = 0, until = fab_now() + wait;
     struct fab_peer *p = fab_peer_get(e, peer);
     if (!p)
         result = FAB_E_INVALID;
@@ -677,7 +685,8 @@ int64_t fab_send(fab_engine *e, int64_t peer, const void *bytes, uint64_t length
                 ? FAB_E_CLOSED
                 : fab_error(FAB_E_FULL, "%d messages to %s wait for its application to take some",
                             FAB_MESSAGES_QUEUED, p->label);
-    struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_MESSAGE, FAB_OP_MESSAGE, wait);
+    struct fab_transfer *t =
+        result ? NULL : new_transfer(e, FAB_K_MESSAGE, FAB_OP_MESSAGE, left_of(wait, until));
     if (t) {
         t->peer = p;
         fab_slot_ref(p);

@@ -202,7 +202,8 @@ int64_t fab_sim_now(void)
 static int check(const fab_sim_config *c)
 {
     const uint32_t chances[] = {c->slow_lanes,    c->lost_writes,     c->lost_answers,
-                                c->lost_contacts, c->double_contacts, c->slow_fences};
+                                c->lost_contacts, c->double_contacts, c->slow_fences,
+                                c->stuck_regions};
 
     for (size_t i = 0; i < sizeof chances / sizeof *chances; i++)
         if (chances[i] > SIM_MILLION) {

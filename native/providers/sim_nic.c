@@ -183,6 +183,8 @@ static int sim_mr_dereg(struct fab_nic *base, struct fab_mr *opaque)
     struct sim_mr *mr = (struct sim_mr *)opaque;
 
     (void)base;
+    if (sim_happens(sim_world->config.stuck_regions))
+        return -EBUSY;
     sim_world->keys[(uint32_t)mr->rkey - 1] = NULL;
     free(mr);
     return 0;

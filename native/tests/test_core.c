@@ -905,6 +905,77 @@ static void check_void(int64_t id, bool is_void)
     OK(fab_counter_close(engine, c));
 }
 
+static void check_uncounted(int64_t id)
+{
+    uint64_t one = 1;
+    int64_t c = OK(fab_counter_open(engine, id, 1));
+    FAILS(FAB_E_TIMEOUT, fab_counter_wait(engine, c, 0, &one, 1, 0, NULL, 0, NULL));
+    OK(fab_counter_close(engine, c));
+}
+
+static void test_generations_of_blocks(void)
+{
+    uint32_t count = 3000, first = 30000;
+    for (uint32_t g = 2047; g <= 2048; g++) {
+        fab_lock(engine);
+        engine->cell_cursor = first;
+        for (uint32_t i = 0; i < count; i++)
+            engine->cells[first + i].id = i % g;
+        fab_unlock(engine);
+        if (g == 2048) {
+            FAILS(FAB_E_FULL, fab_counter_open(engine, -1, count));
+            continue;
+        }
+        int64_t c = OK(fab_counter_open(engine, -1, count));
+        SAME(OK(fab_counter_id(engine, c)), FAB_ID_ENGINE_BIT | 2047 << 16 | first);
+        OK(fab_counter_close(engine, c));
+    }
+}
+
+/* One id, opened after two peers counted under it; the one that is charged for it goes. */
+static void test_shared_early(void)
+{
+    struct fab_peer *gone = make_peer("gone");
+    arrive(gone, imm_of(1, 4711), 1);
+    arrive(gone, imm_of(1, 4712), 1);
+    arrive(stranger, imm_of(1, 4711), 2);
+    fab_lock(engine);
+    fab_counters_forget_peer(engine, gone);
+    fab_unlock(engine);
+    int64_t c = OK(fab_counter_open(engine, 4711, 1)), d = OK(fab_counter_open(engine, 4712, 1));
+    SAME(value_of(c), 3);
+    SAME(value_of(d), 0);
+    SAME(gone->early_ids, 0);
+    OK(fab_counter_close(engine, c));
+    OK(fab_counter_close(engine, d));
+}
+
+/* The table of user ids is full of what this side opened: no fault of the peer's. */
+static void test_full_table(void)
+{
+    static int64_t open[FAB_MAX_USER_IDS];
+    struct fab_peer *innocent = make_peer("innocent");
+    uint64_t before = check_stats(engine).imm_overflow;
+    uint32_t n = 0;
+    arrive(innocent, imm_of(1, 2000000), 1);
+    for (int64_t c; (c = fab_counter_open(engine, 1000000 + n, 1)) > 0;)
+        open[n++] = c;
+    SAME(fab_error_code(), FAB_E_FULL);
+    arrive(innocent, imm_of(1, 3000000), 1);
+    SAME(check_stats(engine).imm_overflow, before + 1);
+    while (n)
+        OK(fab_counter_close(engine, open[--n]));
+    check_void(3000000, true); /* its count is lost */
+    check_uncounted(3000001); /* all else is as it was */
+    check_void(2000000, false);
+    arrive(innocent, imm_of(1, 3000002), 1);
+    check_void(3000002, false);
+    fab_lock(engine);
+    fab_counters_end_session(engine, innocent);
+    fab_unlock(engine);
+    check_uncounted(3000000);
+}
+
 static void test_overflow(void)
 {
     struct fab_peer *flooder = make_peer("flooder");
@@ -1046,7 +1117,10 @@ static void test_counters(void)
     test_generations();
     test_blocks();
     test_early();
+    test_generations_of_blocks();
+    test_shared_early();
     test_overflow();
+    test_full_table();
     test_void();
     test_watches();
     SAME(check_stats(engine).counters, 0);
