@@ -463,7 +463,7 @@ typedef struct {
     uint32_t lost_contacts;   /* of a million first frames */
     uint32_t double_contacts; /* the same */
     uint32_t slow_fences;     /* of a million: closing a lane takes up to 30 ms */
-    uint32_t stuck_regions;   /* of a million: a NIC does not let go of a registration this time */
+    uint32_t stuck_regions; /* of a million: a NIC does not let go of a registration this time */
 } fab_sim_config;
 
 /* Opens the world; the process's clock and chance are its own until fab_sim_end(). Both are refused
