@@ -292,6 +292,7 @@ class TransferEngine:
             WaitTimeout: transfers still read from it. It stays registered.
             FencePending: a peer may still be inside a write. It stays registered: try again.
             InvalidArgument: it is not registered here.
+            FabricError: a NIC does not let go of it. Nobody can use it any more; try again.
         """
         limit = nanoseconds("timeout", timeout)
         if isinstance(memory, Descriptor):
@@ -310,7 +311,7 @@ class TransferEngine:
             check(lib.fab_region_deregister(self._core.ptr, handle, limit))
         except BaseException:
             with self._core.lock:
-                for key in keys if memory._handle else ():
+                for key in keys if memory._usable() else ():
                     self._shared.setdefault(key, memory)
             raise
         with self._core.lock:
@@ -684,7 +685,9 @@ class TransferEngine:
     def disconnect(self, address: Peer, timeout: float | None = None) -> None:
         """Fence a peer: when this returns, nothing it started lands here any more.
 
-        It cannot come back by itself; using its address again opens a new session.
+        It cannot come back by itself; using its address again opens a new session. If it has tried
+        meanwhile, it was told that this engine is unreachable, and believes its memory safe: then
+        the first write to it fails once (`TransferFailed`), and has to be begun anew.
 
         Args:
             address: of the peer.

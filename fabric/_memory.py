@@ -178,6 +178,11 @@ class MemoryRegion:
             raise InvalidArgument(f"shape: {shape} needs {nbytes} of {self.nbytes} bytes")
         return nbytes
 
+    def _usable(self) -> bool:
+        """Return whether the core still takes it, also where deregistering it has failed."""
+        info = ffi.new("fab_region_info *")
+        return bool(lib.fab_region_get_info(self._core.ptr, self._handle, info) == 0)
+
     def _live_handle(self) -> int:
         self._core.check_open()
         if not self._handle:

@@ -54,6 +54,10 @@ class Pair:
         """Return whether the second engine has no session any more."""
         return self.b.stats().peers_up == 0
 
+    def refused(self) -> bool:
+        """Return whether the first engine has refused the second."""
+        return self.a.stats().handshakes_refused > 0
+
     def landed(self, value: int) -> int:
         """Return how many bytes of the target have this value."""
         return int((self.target.numpy() == value).sum())
@@ -189,7 +193,9 @@ def test_a_retry_in_vain_does_not_let_it_in(kind: str, tries: int, met: bool) ->
             with pytest.raises(fabric.FabricError):
                 transfer.wait(timeout=5.0)
         assert (p.landed(7), p.count.value) == (0, 0)
-        p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)  # which lets it in
+        with pytest.raises(fabric.TransferFailed, match="begin it anew"):  # a was told, too
+            p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)  # which lets it in
+        p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
         p.a.write(p.source, p.remote).wait(timeout=1.0)
 
 
@@ -242,8 +248,40 @@ def test_two_that_were_told_come_together_again(kind: str) -> None:
         p.cut(on=False)
         with pytest.raises(fabric.PeerUnreachable, match="has to use our address again"):
             p.a.write(p.source, p.remote).wait(timeout=1.0)
+        with pytest.raises(fabric.TransferFailed, match="begin it anew"):
+            p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
         p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
         p.a.write(p.source, p.remote).wait(timeout=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_refusal_crosses_does_not_land(kind: str) -> None:
+    """The peer uses our address again after it has refused us, and before we hear of that."""
+    crossed = 0
+    for seed in range(30):
+        with pair(kind, seed=seed, jitter=0.02, timeouts=(PATIENT, PATIENT)) as p:
+            p.meet()
+            p.a.disconnect(p.b.address, timeout=1.0)  # a bars b
+            if not p.world.run_until(p.is_over, 1.0):
+                continue
+            told = p.b.write(p.target, descriptor(p.source))
+            if not p.world.run_until(p.refused, 1.0):
+                continue
+            p.source.numpy()[:] = 7
+            late = p.a.write(p.source, p.remote)
+            assert p.world.run_until(told.done, 5.0)
+            try:
+                told.wait(timeout=0)
+            except fabric.PeerUnreachable:
+                crossed += 1
+                before = p.landed(7)
+                p.world.run(2.0)
+                assert p.landed(7) == before, "a late write"
+            except fabric.TransferFailed:
+                pass
+            with contextlib.suppress(fabric.TransferFailed):
+                late.wait(timeout=1.0)
+    assert crossed > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -119,9 +119,6 @@ class Mail:
     end: str = ""
 
 
-KEPT_OUT = "has to use our address again"  # the peer was told before us, and has nothing under way
-
-
 def outcome(transfer: fabric.Transfer) -> str:
     """Return how a transfer ended, or an empty text."""
     try:
@@ -129,7 +126,7 @@ def outcome(transfer: fabric.Transfer) -> str:
     except fabric.WaitTimeout:
         return ""
     except fabric.FabricError as error:
-        return type(error).__name__ + (", kept out" if KEPT_OUT in str(error) else "")
+        return type(error).__name__
     return "done"
 
 
@@ -458,7 +455,7 @@ class Histories(RuleBasedStateMachine):
             timeout, lambda: count.counter.wait(count.ranges, timeout=timeout, peers=peers)
         )
         assert told in ("", "WaitTimeout", "CounterVoid", "PeerUnreachable"), told
-        if told == "PeerUnreachable" and KEPT_OUT not in self.told:
+        if told == "PeerUnreachable":
             gone = next(m.sender for m in count.moves if f"peer {m.sender.name} is" in self.told)
             self.keep(count.owner, gone)
         if told == "":

@@ -34,6 +34,16 @@ static uint32_t hash_of(uint32_t id)
     return id * 2654435761u >> 16 & (USER_BUCKETS - 1);
 }
 
+static void note_lost(struct fab_engine *e, uint32_t id)
+{
+    e->lost_ids[hash_of(id) / 64] |= UINT64_C(1) << (hash_of(id) % 64);
+}
+
+static bool is_lost(const struct fab_engine *e, uint32_t id)
+{
+    return e->lost_ids[hash_of(id) / 64] >> (hash_of(id) % 64) & 1;
+}
+
 static uint32_t *user_bucket(struct fab_engine *e, uint32_t id)
 {
     return &e->user_heads[hash_of(id)];
@@ -58,8 +68,7 @@ static struct fab_cell *add_user(struct fab_engine *e, uint32_t id)
         return NULL;
     struct fab_cell *cell = &e->cells[at - 1];
     uint32_t *bucket = user_bucket(e, id);
-    bool lost = e->lost_ids[hash_of(id) / 64] >> (hash_of(id) % 64) & 1;
-    uint32_t flags = FAB_CELL_USED | (lost ? FAB_CELL_VOID | FAB_CELL_OVERFLOWED : 0);
+    uint32_t flags = FAB_CELL_USED | (is_lost(e, id) ? FAB_CELL_VOID | FAB_CELL_OVERFLOWED : 0);
     *cell = (struct fab_cell){.id = id, .watch = FAB_NO_WATCH, .next = *bucket};
     atomic_store_explicit(&cell->flags, flags, memory_order_relaxed);
     *bucket = at;
@@ -96,9 +105,11 @@ static void void_cell(struct fab_engine *e, struct fab_cell *cell, uint32_t why)
 
 /* More early ids than the bound: from now on nothing that this peer counts under ids of the
  * user's choice can be trusted, and what it counted early neither. */
-static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t times)
+static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t id, uint32_t times)
 {
     e->stats.imm_overflow += times;
+    note_lost(e, id); /* another peer may count under it before it is opened */
+    peer->lost_ids = true;
     if (peer->early_overflow)
         return;
     peer->early_overflow = true;
@@ -118,7 +129,7 @@ static void overflow(struct fab_engine *e, struct fab_peer *peer, uint32_t times
 static void lose(struct fab_engine *e, struct fab_peer *peer, uint32_t id, uint32_t times)
 {
     e->stats.imm_overflow += times;
-    e->lost_ids[hash_of(id) / 64] |= UINT64_C(1) << (hash_of(id) % 64);
+    note_lost(e, id);
     if (!peer->lost_ids)
         fab_log(FAB_LOG_WARN,
                 "peer %s sent immediates under ids that nobody opened while all %d were taken; "
@@ -192,7 +203,7 @@ static struct fab_cell *user_cell(struct fab_engine *e, struct fab_peer *peer, u
     bool full = peer->early_ids >= FAB_MAX_EARLY_IDS;
     cell = early_cell(e, peer, id);
     if (!cell && full)
-        overflow(e, peer, times);
+        overflow(e, peer, id, times);
     else if (!cell)
         lose(e, peer, id, times);
     return cell;

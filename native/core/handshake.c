@@ -351,7 +351,7 @@ static void on_refuse(struct fab_peer *p, struct fab_reader *r)
     fab_get_text(r, text, sizeof text);
     if (!fab_read_end(r) || session != p->mine || !connecting(p))
         return;
-    if (code == FAB_E_CANCELLED && e->now < p->deadline) {
+    if (code == FAB_E_CANCELLED && !p->ending && e->now < p->deadline) {
         begin_again(p);
         return;
     }

@@ -37,6 +37,11 @@ static void clear_bit(uint64_t *bits, uint32_t i)
 
 /* ---- lookup ---- */
 
+static int no_region(void)
+{
+    return fab_error(FAB_E_INVALID, "the region was deregistered");
+}
+
 struct fab_region *fab_region_get(struct fab_engine *e, int64_t handle)
 {
     struct fab_region *r = fab_slot_get(&e->regions, handle);
@@ -45,7 +50,7 @@ struct fab_region *fab_region_get(struct fab_engine *e, int64_t handle)
         r = NULL;
     }
     if (!r)
-        fab_error(FAB_E_INVALID, "the region was deregistered");
+        no_region();
     return r;
 }
 
@@ -108,14 +113,17 @@ static int unregister(struct fab_engine *e, struct fab_region *r)
     fab_unlock(e);
     if (result)
         return fab_error_why(FAB_E_SYSTEM, result,
-                             "%s does not take a key to the region back; do not free its memory",
+                             "%s does not take a key to the region back; do not free its memory, "
+                             "and try again",
                              stuck->info.name);
     for (uint32_t i = 0; i < e->nic_count; i++) {
         int rc = r->mrs[i] ? unregister_one(e, e->nics[i], r->mrs[i]) : 0;
         if (rc)
-            result = fab_error_why(FAB_E_SYSTEM, rc,
-                                   "%s does not let go of the region; do not free its memory",
-                                   e->nics[i]->info.name);
+            result =
+                fab_error_why(FAB_E_SYSTEM, rc,
+                              "%s does not let go of the region; do not free its memory, and try "
+                              "again",
+                              e->nics[i]->info.name);
         else
             r->mrs[i] = NULL;
     }
@@ -587,11 +595,12 @@ static int remove_region(struct fab_engine *e, struct fab_region *r)
     return 0;
 }
 
-/* Marks it, so that nothing new begins. */
-static int begin_closing(struct fab_engine *e, struct fab_region *r)
+/* Marks it, so that nothing new begins. `again`: only a NIC has to let go of it. */
+static int begin_closing(struct fab_engine *e, struct fab_region *r, bool *again)
 {
     int rc = 0;
     fab_lock(e);
+    *again = r->stuck;
     if (r->aliases)
         rc = fab_error(FAB_E_INVALID,
                        "%u descriptors made for single peers show this region; "
@@ -600,7 +609,7 @@ static int begin_closing(struct fab_engine *e, struct fab_region *r)
     else if (atomic_exchange(&r->closing, true) && !r->stuck)
         rc = fab_error(FAB_E_INVALID, "the region is being deregistered already");
     if (!rc)
-        r->stuck = false;
+        r->stuck = false; /* whoever comes meanwhile is told that it is being deregistered */
     fab_unlock(e);
     return rc;
 }
@@ -609,9 +618,12 @@ static int begin_closing(struct fab_engine *e, struct fab_region *r)
 static int deregister(struct fab_engine *e, struct fab_region *r, int64_t timeout)
 {
     int64_t until = fab_now() + timeout;
-    int rc = begin_closing(e, r);
+    bool again;
+    int rc = begin_closing(e, r, &again);
     if (rc)
         return rc;
+    if (again)
+        return remove_region(e, r);
     rc = fab_wait(e, region_unused, r, timeout);
     if (rc != 1) {
         atomic_store(&r->closing, false);
@@ -654,13 +666,10 @@ int fab_region_deregister(fab_engine *e, int64_t region, int64_t timeout)
         return FAB_E_CLOSED;
     if (timeout < 0)
         timeout = QUIESCE_DEFAULT_TIMEOUTS * e->config.peer_timeout_ns;
-    /* Not fab_region_get(): that hides one that a NIC did not let go of, which may be tried again. */
-    struct fab_region *r = fab_slot_get(&e->regions, region);
-    int rc = r ? 0 : fab_error(FAB_E_INVALID, "the region was deregistered");
-    if (r) {
-        rc = deregister(e, r, timeout);
+    struct fab_region *r = fab_slot_get(&e->regions, region); /* also one that is stuck */
+    int rc = r ? deregister(e, r, timeout) : no_region();
+    if (r)
         fab_region_put(e, r);
-    }
     fab_leave(e);
     return rc;
 }

@@ -48,6 +48,8 @@ static bool evict_one(struct fab_engine *e)
         if (!fab_slot_live(peer) || (state != FAB_P_IDLE && state != FAB_P_DEAD) || peer->in_busy ||
             !fab_slot_kill_unused(peer))
             continue;
+        if (peer->kept_out)
+            fab_bar(e, peer); /* its number goes with the entry (fab_session_told) */
         fab_counters_forget_peer(e, peer);
         fab_stats_forget(peer);
         fab_peer_put(e, peer);

@@ -639,7 +639,9 @@ static void test_disconnect(void)
     FAILS(FAB_E_UNREACHABLE,
           fab_counter_wait(pair.b, pair.counter, 0, &far, 1, LONG_ENOUGH, &pair.to_a, 1, NULL));
     OK(fab_disconnect(pair.b, pair.to_a, LONG_ENOUGH)); /* again: no harm */
-    /* This side uses the address again, which lifts the bar. */
+    /* This side uses the address again, which lifts the bar. The other was told that we are unreachable, so
+     * what is begun before we hear of that fails. */
+    SAME(check_end(pair.b, fab_imm(pair.b, &pair.to_a, 1, 1, 0, -1)), FAB_E_FAILED);
     check_done(pair.b, fab_imm(pair.b, &pair.to_a, 1, 1, 0, -1));
     write_once(MIB, true);
     SAME(check_stats(pair.a).peers_up, 1);
