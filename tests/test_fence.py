@@ -81,8 +81,8 @@ def test_nothing_lands_after_disconnect(farm: Farm, kind: str, counted: bool) ->
                 a.write("src", descriptor, imm=imm)
         assert b.call(commands.changes, "dst", 0.1) == ""
         assert not counted or b.value("count") == value
-        # This side uses the peer's address again: that lifts the bar. As the peer was told that we are
-        # unreachable, what is begun here before we hear of that fails.
+        # This side uses the peer's address again: that lifts the bar. As the peer was told that we
+        # are unreachable, what is begun here before we hear of that fails.
         a.counter("back", 5)
         with pytest.raises(fabric.TransferFailed, match="begin it anew"):
             b.call(commands.write_imm, a.address, 5)
