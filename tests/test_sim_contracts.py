@@ -6,6 +6,7 @@ tests/mutants show that they do.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pytest
 
 import fabric
 from fabric import sim
+from fabric._peer import Address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,6 +231,54 @@ def test_a_wait_on_one_that_left_before_keeps_it_out(kind: str) -> None:
         p.source.numpy()[:] = 7
         with pytest.raises(fabric.PeerUnreachable, match="has to use our address again"):
             p.a.write(p.source, p.remote, imm=p.count.id).wait(timeout=1.0)
+        assert (p.landed(7), p.count.value) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wait_that_begins_while_a_fence_is_slow_keeps_the_peer_out(kind: str) -> None:
+    """An awaited one, which looks only once its loop comes round."""
+    assert sum(asyncio.run(late_wait(kind, seed)) for seed in range(10)) > 2
+
+
+async def late_wait(kind: str, seed: int) -> bool:
+    """Return whether the fence was slow; see the test above."""
+    with pair(kind, seed=seed, slow_fences=1.0, timeouts=(PATIENT, PATIENT)) as p:
+        p.meet()
+        p.a.disconnect(p.b.address, timeout=1.0)
+        assert p.world.run_until(p.is_over, 1.0)
+        if p.b.stats().peers[0].state != "fencing":
+            return False
+        waiting = asyncio.ensure_future(p.count.reached(1, peers=[p.a.address]))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        p.world.run(0.2)
+        assert p.b.stats().peers[0].state == "dead"
+        p.source.numpy()[:] = 7
+        with pytest.raises(fabric.PeerUnreachable):
+            p.a.write(p.source, p.remote).wait(timeout=1.0)
+        with pytest.raises(fabric.PeerUnreachable):
+            await waiting
+        assert p.landed(7) == 0
+        return True
+
+
+def test_who_was_disconnected_stays_out_when_its_entry_is_reused() -> None:
+    """The number of the fence goes with the entry in the table of peers."""
+    with pair("ordered", timeouts=(3000.0, TIMEOUT)) as p:
+        p.cut()
+        p.source.numpy()[:] = 7
+        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        p.b.disconnect(p.a.address, timeout=1.0)
+        with pytest.raises(fabric.TransferFailed):
+            p.b.write_imm(p.a.address, 1, deadline=0.1).wait(timeout=2.0)
+        p.world.run(1.0)
+        for number in range(1030):
+            id_ = number.to_bytes(16, "big")
+            p.b.disconnect(Address(id_, "other", p.a.address.nics), timeout=0)
+        assert "a" not in [peer.label for peer in p.b.stats().peers]
+        p.cut(on=False)
+        with pytest.raises(fabric.PeerUnreachable):
+            early.wait(timeout=5.0)
         assert (p.landed(7), p.count.value) == (0, 0)
 
 

@@ -289,7 +289,7 @@ void fab_handshake_tick(struct fab_peer *p)
 void fab_handshake_up(struct fab_peer *p)
 {
     struct fab_engine *e = p->engine;
-    p->welcomed = false;
+    p->welcomed = p->due_welcome = false; /* its lane may be gone when one would be sent */
     p->was_up = true;
     p->last_heard = e->now;
     fab_lanes_begin(p);

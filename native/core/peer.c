@@ -48,8 +48,8 @@ static bool evict_one(struct fab_engine *e)
         if (!fab_slot_live(peer) || (state != FAB_P_IDLE && state != FAB_P_DEAD) || peer->in_busy ||
             !fab_slot_kill_unused(peer))
             continue;
-        if (peer->kept_out)
-            fab_bar(e, peer); /* its number goes with the entry (fab_session_told) */
+        if (peer->kept_out || peer->fence)
+            fab_bar(e, peer); /* its number goes with the entry (S9, fab_session_told) */
         fab_counters_forget_peer(e, peer);
         fab_stats_forget(peer);
         fab_peer_put(e, peer);
@@ -133,17 +133,21 @@ void fab_bar(struct fab_engine *e, struct fab_peer *peer)
 {
     if (fab_barred(e, peer->id))
         return;
-    memcpy(e->barred[e->barred_next], peer->id, FAB_ENGINE_ID_BYTES);
-    e->barred_next = (e->barred_next + 1) % FAB_BARRED;
-    if (e->barred_count < FAB_BARRED)
-        e->barred_count++;
+    bool full = e->barred_count == FAB_BARRED; /* then the one that was barred first is forgotten */
+    uint32_t at = full ? e->barred_next : e->barred_count++;
+    if (full)
+        e->barred_next = (e->barred_next + 1) % FAB_BARRED;
+    memcpy(e->barred[at], peer->id, FAB_ENGINE_ID_BYTES);
 }
 
 void fab_unbar(struct fab_engine *e, struct fab_peer *peer)
 {
     for (uint32_t i = 0; i < e->barred_count; i++)
-        if (!memcmp(e->barred[i], peer->id, FAB_ENGINE_ID_BYTES))
-            memset(e->barred[i], 0, FAB_ENGINE_ID_BYTES); /* no engine has the id zero */
+        if (!memcmp(e->barred[i], peer->id, FAB_ENGINE_ID_BYTES)) {
+            memcpy(e->barred[i], e->barred[--e->barred_count], FAB_ENGINE_ID_BYTES);
+            e->barred_next =
+                0; /* of a table that is full again; the order is lost, and does not matter */
+        }
 }
 
 /* ---- API ---- */

@@ -10,6 +10,7 @@
 
 #include "counter.h"
 #include "peer.h"
+#include "session.h"
 #include "trace.h"
 #include "transfer.h"
 #include "worker.h"
@@ -145,6 +146,8 @@ void fab_watch_peer_lost(struct fab_engine *e, struct fab_peer *peer, int code)
         for (uint32_t k = 0; k < w->peers->count; k++) {
             if (w->peers->all[k].peer != peer)
                 continue;
+            if (code == FAB_E_UNREACHABLE)
+                fab_session_told(peer); /* the watch may be younger than the end */
             fire(e, w, code);
             break;
         }

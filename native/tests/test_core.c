@@ -976,6 +976,23 @@ static void test_full_table(void)
     check_uncounted(3000000);
 }
 
+/* A peer that comes and goes does not push others out of the table of those that are barred. */
+static void test_bars(void)
+{
+    struct fab_peer *stays = make_peer("stays"), *moves = make_peer("moves");
+    fab_lock(engine);
+    fab_bar(engine, stays);
+    for (uint32_t i = 0; i < FAB_BARRED + 10; i++) {
+        fab_bar(engine, moves);
+        SAME(engine->barred_count, 2);
+        fab_unbar(engine, moves);
+    }
+    CHECK(fab_barred(engine, stays->id) && !fab_barred(engine, moves->id), "a bar was forgotten");
+    fab_unbar(engine, stays);
+    SAME(engine->barred_count, 0);
+    fab_unlock(engine);
+}
+
 static void test_overflow(void)
 {
     struct fab_peer *flooder = make_peer("flooder");
@@ -1120,6 +1137,7 @@ static void test_counters(void)
     test_early();
     test_generations_of_blocks();
     test_shared_early();
+    test_bars();
     test_overflow();
     test_full_table();
     test_void();
