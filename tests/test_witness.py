@@ -808,6 +808,7 @@ def test_a_bad_write_breaks_its_own_lane_only(scene: Scene) -> None:
     peers[0].connect(e)
     assert peers[0]("write", descriptor=gone, data=b"x", imm=stolen) == ["remote access"]
     assert e.differs("guard", 4) == ""
+    e.wait("count", 11, 60.0)
     e.counter("stop", 5)
     c.counter("stop", 5)
     e.call(commands.write_imm, c.address, 5)

@@ -276,7 +276,9 @@ struct fab_peer {
     uint8_t nonce[16], cookie[16];
     bool has_cookie;
     uint32_t kind_tried; /* bit mask of kinds that could not be reached */
-    int64_t deadline, next_hello, last_heard, last_ping;
+    int64_t deadline, next_hello, last_ping;
+    int64_t last_heard; /* its process */
+    int64_t last_sign; /* that, or its NIC: for a lane to be silent beside others */
     const struct fab_provider *provider;
     struct fab_lane *lanes[FAB_MAX_LANES];
     uint32_t lane_nic[FAB_MAX_LANES]; /* the peer's NIC of each lane */

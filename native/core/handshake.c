@@ -220,7 +220,7 @@ static void begin(struct fab_peer *p, bool active)
     p->theirs = 0;
     p->deadline = e->now + e->config.peer_timeout_ns;
     p->next_hello = e->now;
-    p->last_heard = p->last_ping = e->now;
+    p->last_heard = p->last_sign = p->last_ping = e->now;
     atomic_store_explicit(&p->state, FAB_P_CONNECTING, memory_order_release);
     fab_peer_busy(p);
 }
@@ -291,7 +291,7 @@ void fab_handshake_up(struct fab_peer *p)
     struct fab_engine *e = p->engine;
     p->welcomed = p->due_welcome = false; /* its lane may be gone when one would be sent */
     p->was_up = true;
-    p->last_heard = e->now;
+    p->last_heard = p->last_sign = e->now;
     fab_lanes_begin(p);
     fab_messages_begin_session(p);
     atomic_store_explicit(&p->state, FAB_P_UP, memory_order_release);

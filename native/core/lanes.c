@@ -429,7 +429,7 @@ static void watch_silence(struct fab_peer *p, uint32_t i)
     int64_t now = p->engine->now, timeout = p->engine->config.peer_timeout_ns;
     int64_t passed = now - life->looked < LATE_NS ? now - life->looked : LATE_NS;
     life->looked = now;
-    if (now - p->last_heard < timeout * 3 / 8)
+    if (now - p->last_sign < timeout * 3 / 8)
         life->silence += passed;
     if (life->silence >= timeout * 3 / 4) {
         mark_broken(p, i, "nothing was heard over it while other lanes work", true);

@@ -378,8 +378,10 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
          * stop; on `local` we do the work ourselves. */
         if (lane->nic->info.kind == FAB_KIND_OFI_TCP)
             p->last_heard = e->now;
-        if (lane->nic->info.kind != FAB_KIND_LOCAL)
+        if (lane->nic->info.kind != FAB_KIND_LOCAL) {
+            p->last_sign = e->now;
             fab_lane_alive(lane);
+        }
         if (wr_id & WR_LAST)
             acknowledge(t);
     }

@@ -320,7 +320,7 @@ void fab_session_tick(struct fab_peer *p)
         break;
     case FAB_P_UP:
         if (business && !p->in_business)
-            p->last_heard = p->last_ping = e->now; /* silence counts from here */
+            p->last_heard = p->last_sign = p->last_ping = e->now; /* silence counts from here */
         p->in_business = business;
         if (!business)
             break;
@@ -520,7 +520,7 @@ void fab_session_frame(struct fab_lane *lane, const uint8_t *bytes, uint32_t len
     } else {
         p->rx_frames++;
         p->engine->stats.frames_rx++;
-        p->last_heard = p->engine->now;
+        p->last_heard = p->last_sign = p->engine->now;
         p->in_doubt = false;
         if (p->welcomed && atomic_load(&p->state) == FAB_P_CONNECTING)
             fab_handshake_up(p);

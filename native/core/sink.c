@@ -13,7 +13,7 @@ static void on_imm(struct fab_lane *lane, uint32_t imm, uint32_t times)
     struct fab_peer *p = fab_lane_peer(lane);
     if (!p || !times)
         return;
-    p->last_heard = p->engine->now;
+    p->last_heard = p->last_sign = p->engine->now;
     fab_lane_alive(lane);
     fab_count(p->engine, p, imm, times);
 }
