@@ -72,6 +72,18 @@ class Pair:
         assert self.landed(value) < SIZE, "nothing is under way any more"
         return transfer
 
+    def begin_in_vain(self) -> fabric.Transfer:
+        """Cut the link, and begin to write the whole memory; returns the transfer."""
+        self.cut()
+        self.source.numpy()[:] = 7
+        return self.a.write(self.source, self.remote, imm=self.count.id)
+
+    def lands_nowhere(self, transfer: fabric.Transfer) -> None:
+        """Check that what `begin_in_vain` began fails, and nothing of it came."""
+        with pytest.raises(fabric.TransferFailed):
+            transfer.wait(timeout=PATIENT + 5.0)
+        assert (self.landed(7), self.count.value) == (0, 0)
+
     def stays(self) -> None:
         """Check that the target stays as it is."""
         before = self.target.numpy().copy()
@@ -183,18 +195,14 @@ def test_a_retry_in_vain_does_not_let_it_in(kind: str, tries: int, met: bool) ->
     with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
         if met:
             p.meet()
-        p.cut()
-        p.source.numpy()[:] = 7
-        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        early = p.begin_in_vain()
         for _ in range(tries):
             with pytest.raises(fabric.PeerUnreachable):
                 p.b.write(p.target, descriptor(p.source)).wait(timeout=2.0)
         p.cut(on=False)
         late = p.a.write(p.source, p.remote, imm=p.count.id)
-        for transfer in (early, late):
-            with pytest.raises(fabric.FabricError):
-                transfer.wait(timeout=5.0)
-        assert (p.landed(7), p.count.value) == (0, 0)
+        p.lands_nowhere(early)
+        p.lands_nowhere(late)
         with pytest.raises(fabric.TransferFailed, match="begin it anew"):  # a was told, too
             p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)  # which lets it in
         p.b.write(p.target, descriptor(p.source)).wait(timeout=1.0)
@@ -208,15 +216,11 @@ def test_a_wait_that_was_told_keeps_the_peer_out(kind: str, met: bool) -> None:
     with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
         if met:
             p.meet()
-        p.cut()
-        p.source.numpy()[:] = 7
-        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        early = p.begin_in_vain()
         with pytest.raises(fabric.PeerUnreachable):
             p.count.wait(1, timeout=5.0, peers=[p.a.address])
         p.cut(on=False)
-        with pytest.raises(fabric.FabricError):
-            early.wait(timeout=5.0)
-        assert (p.landed(7), p.count.value) == (0, 0)
+        p.lands_nowhere(early)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,9 +269,7 @@ async def late_wait(kind: str, seed: int) -> bool:
 def test_who_was_disconnected_stays_out_when_its_entry_is_reused() -> None:
     """The number of the fence goes with the entry in the table of peers."""
     with pair("ordered", timeouts=(3000.0, TIMEOUT)) as p:
-        p.cut()
-        p.source.numpy()[:] = 7
-        early = p.a.write(p.source, p.remote, imm=p.count.id)
+        early = p.begin_in_vain()
         p.b.disconnect(p.a.address, timeout=1.0)
         with pytest.raises(fabric.TransferFailed):
             p.b.write_imm(p.a.address, 1, deadline=0.1).wait(timeout=2.0)
@@ -277,9 +279,46 @@ def test_who_was_disconnected_stays_out_when_its_entry_is_reused() -> None:
             p.b.disconnect(Address(id_, "other", p.a.address.nics), timeout=0)
         assert "a" not in [peer.label for peer in p.b.stats().peers]
         p.cut(on=False)
+        p.lands_nowhere(early)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_retry_for_something_else_lets_in_nothing_of_before(kind: str) -> None:
+    """They never met; its first write waits for a session, and this side's retry begins one."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        other = p.b.alloc(8)
+        early = p.begin_in_vain()
         with pytest.raises(fabric.PeerUnreachable):
-            early.wait(timeout=5.0)
-        assert (p.landed(7), p.count.value) == (0, 0)
+            p.b.write(p.target, descriptor(p.source)).wait(timeout=2.0)
+        p.cut(on=False)
+        p.b.write(other, descriptor(p.source), length=8).wait(timeout=5.0)
+        p.lands_nowhere(early)
+
+
+def caller(p: Pair) -> fabric.Peer:
+    """Let the first engine call the second, which knows no address of it; returns the name."""
+    p.a.send(p.b.address, b"hello").wait(timeout=1.0)
+    return p.b.recv(timeout=1.0)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("up", [False, True])
+def test_one_without_an_address_is_fenced_and_comes_again(kind: str, up: bool) -> None:
+    """We cannot use its address to let it in again, so a number keeps out what it had begun."""
+    with pair(kind, timeouts=(PATIENT, TIMEOUT)) as p:
+        name = caller(p)
+        if not up:
+            p.a.disconnect(p.b.address, timeout=1.0)
+            assert p.world.run_until(p.is_over, 1.0)
+        early = p.begin_in_vain()
+        with pytest.raises(fabric.PeerUnreachable):
+            p.b.send(name, b"an answer").wait(timeout=2.0)
+        p.cut(on=False)
+        p.lands_nowhere(early)
+        for _ in range(2):
+            with contextlib.suppress(fabric.TransferFailed):
+                p.a.write(p.source, p.remote).wait(timeout=5.0)
+        assert p.landed(7) == SIZE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -472,6 +511,23 @@ def test_both_connect_at_once(kind: str) -> None:
             p.world.run(3.0)
             assert [e.stats().peers_lost for e in (p.a, p.b)] == [0, 0]
             assert [e.stats().peers_up for e in (p.a, p.b)] == [1, 1]
+
+
+def test_a_lane_of_the_handshake_breaks() -> None:
+    """Answers get lost on one lane, which is closed as soon as the session is up over the other."""
+    for seed in range(200):
+        faults = {"lost_contacts": 0.3, "double_contacts": 0.5, "jitter": 0.1}
+        with pair("ordered", 2, seed=seed, timeouts=(5.0, 5.0), **faults) as p:
+            begun = p.a.write_imm(p.b.address, p.count.id)
+            p.world.run(seed % 20 / 100)
+            ends = (f"b.{seed % 2}", f"a.{seed % 2}")
+            p.world.cut(*ends)
+            p.world.run(seed % 7 / 2)
+            p.world.cut(*ends, on=False)
+            p.world.run(2.0)
+            with contextlib.suppress(fabric.TransferFailed):
+                begun.wait(timeout=10.0)
+            assert p.count.value == (begun.state == "done")
 
 
 # ---- counting ----

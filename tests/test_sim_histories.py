@@ -9,8 +9,8 @@ mended and enough time has passed:
 - whoever was told that a transfer is done finds its bytes there, and those that the source held;
 - after a fence, a void id, a cancellation, or deregistering, the bytes of the destination stay as
   they are;
-- who was told that a peer is unreachable finds its memory as it is until it uses that peer's
-  address again, whatever that peer had begun;
+- what a peer had begun when somebody was told that it is unreachable never lands there, whichever
+  of them comes to the other again;
 - messages come in order, none twice, and all that are done;
 - no wait outlives its timeout, no transfer its deadline and two peer timeouts;
 - engines that live hold nothing at the end that was not asked for.
@@ -105,7 +105,6 @@ class Move:
     private: fabric.Descriptor | None = None  # made for its sender alone
     end: str = ""
     frozen: bytes | None = None  # what the target holds from now on
-    kept: bytes | None = None  # and until its owner uses the sender's address again
 
 
 @dataclass
@@ -262,7 +261,6 @@ class Histories(RuleBasedStateMachine):
     ) -> tuple[fabric.Transfer, int]:
         """Begin a transfer; returns it, and its number of ranges."""
         common: dict[str, Any] = {"imm": count.counter.id, "deadline": deadline}
-        self.uses(sender, count.owner)
         if pages and slots and len(slots) <= PAGES:
             transfer = sender.engine.write_pages(
                 sender.source, descriptor, list(sources), list(slots), page_bytes=SLOT, **common
@@ -301,7 +299,6 @@ class Histories(RuleBasedStateMachine):
         if sender is receiver:
             return
         payload = len(self.mail).to_bytes(8, "little") + bytes(size - 8)
-        self.uses(sender, receiver)
         transfer = sender.engine.send(receiver.engine.address, payload)
         self.mail.append(Mail(transfer, sender, receiver, len(self.mail)))
 
@@ -457,7 +454,7 @@ class Histories(RuleBasedStateMachine):
         assert told in ("", "WaitTimeout", "CounterVoid", "PeerUnreachable"), told
         if told == "PeerUnreachable":
             gone = next(m.sender for m in count.moves if f"peer {m.sender.name} is" in self.told)
-            self.keep(count.owner, gone)
+            self.cut_off(count.owner, gone)
         if told == "":
             self.landed(count)
         if told == "CounterVoid":
@@ -482,17 +479,9 @@ class Histories(RuleBasedStateMachine):
             if move.frozen is None:
                 move.frozen = view(move.target, move.slots).tobytes()
 
-    def keep(self, here: Machine, gone: Machine) -> None:
+    def cut_off(self, here: Machine, gone: Machine) -> None:
         """Somebody was told that a peer is unreachable: what that had begun lands no more."""
-        for move in self.moves:
-            if move.receiver is here and move.sender is gone:
-                move.kept = view(move.target, move.slots).tobytes()
-
-    def uses(self, here: Machine, there: Machine) -> None:
-        """Whose address is used may come in again."""
-        for move in self.moves:
-            if move.receiver is here and move.sender is there:
-                move.kept = None
+        self.freeze([m for m in self.moves if m.receiver is here and m.sender is gone])
 
     def landed(self, count: Count) -> None:
         """All ranges were counted, so all bytes are there."""
@@ -513,7 +502,7 @@ class Histories(RuleBasedStateMachine):
             if mail.sender.state == "up" and not mail.end:
                 mail.end = outcome(mail.transfer)
                 if mail.end == "PeerUnreachable":
-                    self.keep(mail.sender, mail.receiver)
+                    self.cut_off(mail.sender, mail.receiver)
 
     fair = False  # at the end, when nobody hangs or is cut off
 
@@ -527,7 +516,7 @@ class Histories(RuleBasedStateMachine):
                 move.frozen = bytes_there.tobytes()
         view(move.sender.source, move.sources)[:] = POISON
         if end == "PeerUnreachable":
-            self.keep(move.sender, move.receiver)
+            self.cut_off(move.sender, move.receiver)
 
     @invariant()
     def counts_are_exact(self) -> None:
@@ -541,8 +530,7 @@ class Histories(RuleBasedStateMachine):
             target = view(move.target, move.slots)
             known = (target == move.value) | (target == BLANK)
             assert known.all(), "bytes that were never written"
-            for kept in (move.frozen, move.kept):
-                assert kept is None or target.tobytes() == kept, "a late write"
+            assert move.frozen is None or target.tobytes() == move.frozen, "a late write"
 
     # ---- the end ----
 

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "counter.h"
+#include "handshake.h"
 #include "memory.h"
 #include "message.h"
 #include "peer.h"
@@ -377,7 +378,8 @@ static void end_sessions(struct fab_engine *e)
     for (int i = 0; i < CLOSE_LANES_TRIES; i++) {
         fab_lock(e);
         e->now = fab_now();
-        bool over = sessions_over(e);
+        fab_handshake_close_dropped(e);
+        bool over = sessions_over(e) && !e->dropped_count;
         fab_unlock(e);
         if (over)
             return;

@@ -242,6 +242,7 @@ void fab_session_start(struct fab_peer *p)
         return;
     }
     if (!p->nics) {
+        fab_session_told(p);
         fail_start(p, "it has no address here; it has to connect to us");
         return;
     }

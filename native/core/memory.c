@@ -569,7 +569,7 @@ static void fence_holders(struct fab_engine *e, struct fab_region *r)
         struct fab_peer *p = fab_slot_at(&e->peers, i);
         if (!bit(r->quiet, i))
             continue;
-        fab_bar(e, p);
+        fab_session_told(p);
         fab_session_end(p, FAB_E_UNREACHABLE, "it did not let go of a region that was deregistered",
                         true);
     }

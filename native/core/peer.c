@@ -48,8 +48,8 @@ static bool evict_one(struct fab_engine *e)
         if (!fab_slot_live(peer) || (state != FAB_P_IDLE && state != FAB_P_DEAD) || peer->in_busy ||
             !fab_slot_kill_unused(peer))
             continue;
-        if (peer->kept_out || peer->fence)
-            fab_bar(e, peer); /* its number goes with the entry (S9, fab_session_told) */
+        if (peer->fence)
+            fab_bar(e, peer); /* its number goes with the entry (S9) */
         fab_counters_forget_peer(e, peer);
         fab_stats_forget(peer);
         fab_peer_put(e, peer);

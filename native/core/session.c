@@ -234,13 +234,13 @@ void fab_session_end(struct fab_peer *p, int code, const char *text, bool goodby
         ended(p);
 }
 
-/* A peer that keeps us out was told before us. Were it barred in turn, the two would keep each other out by
- * turns. All that it had begun is over; what it begins before it hears of the number is not let in (S9). */
+/* The number ends what the peer has begun, whichever side begins the next session (S9); the bar keeps it
+ * from beginning one. A peer that keeps us out was told before us: were it barred in turn, the two would keep
+ * each other out by turns. Without an address here nobody could lift the bar. */
 void fab_session_told(struct fab_peer *p)
 {
-    if (p->kept_out)
-        fab_random(&p->fence, sizeof p->fence);
-    else
+    fab_random(&p->fence, sizeof p->fence);
+    if (p->nics && !p->kept_out)
         fab_bar(p->engine, p);
 }
 

@@ -11,7 +11,8 @@
 
 /* First use: IDLE or DEAD -> CONNECTING, which lifts the bar; or DEAD with the reason. */
 void fab_session_start(struct fab_peer *peer);
-/* Somebody here is told PeerUnreachable: the peer stays out until its address is used again (S6). */
+/* Somebody here is told PeerUnreachable: what the peer has begun will not land (S9), and it stays out
+ * until its address is used again (S6). */
 void fab_session_told(struct fab_peer *peer);
 /* The session is to end in this turn. The first reason is kept. */
 void fab_session_doom(struct fab_peer *peer, int code, const char *text);
