@@ -23,7 +23,8 @@ void fab_void_id(struct fab_engine *e, struct fab_peer *peer, uint32_t id);
 int fab_void_error(const struct fab_cell *cell);
 /* What its session made void for others is over; what it counted too early to be kept is dropped. */
 void fab_counters_end_session(struct fab_engine *e, struct fab_peer *peer);
-/* The peer's slot is about to be reused: its early arrivals are charged to nobody from here on. */
+/* Its early arrivals are dropped, save under ids that others counted under as well: those stay, charged to
+ * its place in the table of peers. */
 void fab_counters_forget_peer(struct fab_engine *e, struct fab_peer *peer);
 
 #endif
