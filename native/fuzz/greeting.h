@@ -8,6 +8,7 @@
 #include "fuzz.h"
 
 #define FUZZ_SECRET "a shared secret"
+#define FUZZ_TYPE_AT 3 /* of a frame's head (ARCHITECTURE.md, "Control frames") */
 
 /* What `to` would have sent with CHALLENGE (handshake.c, make_cookie). */
 static inline void fuzz_cookie(const fab_engine *to, const struct fab_hello *h, uint8_t out[16])
@@ -78,8 +79,9 @@ static inline bool fuzz_greet(struct fuzz_input *in, fab_engine *from, const fab
         return false;
     uint32_t at = fuzz_u16(in) % w->used;
     w->bytes[at] ^= (uint8_t)(1 + fuzz_u8(in) % 255);
-    return welcome ||
-           at >= FAB_FRAME_HEADER; /* nobody looks at the session in the head of a HELLO */
+    /* Nobody looks at the session in the head of a HELLO; and another type is no forged WELCOME, but
+     * another frame. */
+    return at >= FAB_FRAME_HEADER || (welcome && at != FUZZ_TYPE_AT);
 }
 
 #endif
