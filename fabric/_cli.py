@@ -17,6 +17,8 @@ from ._env import VARIABLES
 from ._errors import FabricError, InvalidArgument, text_of
 from ._native import ffi, lib
 from ._nics import PROVIDERS, Nic, list_nics
+from .bench._command import add_arguments as add_bench_arguments
+from .bench._command import run as run_bench
 
 LIBRARIES = ("libfabric", "libibverbs")
 _TEXT_BYTES = 4096
@@ -53,7 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "where it does not hold. Opens an engine for a moment. Exit status: 0 if all do, else 1.",
     )
     doctor.add_argument("--efa", action="store_true", required=True, help="the provider efa")
+    bench = commands.add_parser(
+        "bench",
+        help="bandwidth, latency and the cost of calls",
+        description="Measure. Without a host this is the server, with one its client; --loopback is"
+        " both. Each row is run in slices, in turns with a baseline where there is one: memcpy()"
+        " for local, a loop over libfabric for tcp. Percentiles are the medians of the slices'.",
+    )
+    add_bench_arguments(bench)
     options = parser.parse_args(argv)
+    if options.command == "bench":
+        return run_bench(options, bench.error)
     if options.command == "doctor":
         return print_findings(examine_efa())
     if options.env:

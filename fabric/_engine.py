@@ -596,7 +596,7 @@ class TransferEngine:
         if handle == lib.FAB_E_FULL and timeout != 0:
             wait = FOREVER if timeout is None else nanoseconds("timeout", timeout)
             handle = core.submit_slowly(function, args, wait)
-        if handle <= 0:
+        if handle < 0:
             if core.closed:
                 core.check_open()
             raise error_of(handle)

@@ -42,6 +42,7 @@ class Lib:
     FAB_TEXT_MAX: Final[int]
     FAB_PIECE_UNIT: Final[int]
     FAB_NO_IMM: Final[int]
+    FAB_DONE: Final[int]
     FAB_USER_ID_MAX: Final[int]
     FAB_E_INVALID: Final[int]
     FAB_E_FULL: Final[int]

@@ -30,7 +30,7 @@ STATES = {
     lib.FAB_T_FAILED: "failed",
     lib.FAB_T_CANCELLED: "cancelled",
 }
-_DONE = 0
+_DONE = lib.FAB_DONE
 _RUNNING = lib.FAB_E_TIMEOUT
 _DRAINING = lib.FAB_E_DRAINING
 _NOT_YET = (_RUNNING, _DRAINING)
@@ -53,9 +53,12 @@ class Transfer:
         self._core = core
         self._handle = handle
         self._dispatcher = dispatcher
-        self._outcome: int | None = None
         self._failure: dict[str, Any] | None = None
-        core.live[handle] = weakref.ref(self)
+        self._outcome: int | None = None
+        if handle == _DONE:  # it was, before its submission returned: C knows nothing of it
+            self._outcome = _DONE
+        else:
+            core.live[handle] = weakref.ref(self)
 
     def __del__(self, release: Any = lib.fab_transfer_release) -> None:
         core = self._core

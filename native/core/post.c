@@ -278,6 +278,8 @@ static int post_queue(struct fab_peer *p)
 {
     uint32_t posted = 0, looked = 0;
     struct fab_transfer *t = p->queue.head;
+    p->posting = true;
+    p->completed = false;
     while (t && posted < FAB_POST_PER_PEER && looked < FAB_POST_LOOK && !p->ending) {
         struct fab_transfer *next = t->next;
         const char *why = "";
@@ -302,8 +304,9 @@ static int post_queue(struct fab_peer *p)
         }
         t = next;
     }
-    if (p->queue.head && posted >= FAB_POST_PER_PEER)
-        fab_peer_busy(p);
+    p->posting = false;
+    if (p->queue.head && (posted >= FAB_POST_PER_PEER || p->completed))
+        fab_peer_busy(p); /* what completed within post() may have made room */
     return (int)posted;
 }
 
@@ -387,7 +390,8 @@ void fab_post_completed(struct fab_lane *lane, uint64_t wr_id, int status)
     }
     check_done(t);
     fab_transfer_put(e, t);
-    if (p->queue.head)
+    p->completed = true;
+    if (p->queue.head && !p->posting)
         fab_peer_busy(p);
 }
 

@@ -110,6 +110,17 @@ void *fab_slot_get(struct fab_slots *slots, int64_t handle)
     return slot;
 }
 
+void *fab_slot_peek(const struct fab_slots *slots, int64_t handle)
+{
+    uint32_t number = (uint32_t)handle;
+    if (handle <= 0 || !number ||
+        number > atomic_load_explicit(&slots->touched, memory_order_acquire))
+        return NULL;
+    struct fab_slot *slot = fab_slot_at(slots, number - 1);
+    uint64_t word = atomic_load_explicit(&slot->word, memory_order_acquire);
+    return word >> 32 == (uint64_t)handle >> 32 && (word & LIVE_BIT) ? slot : NULL;
+}
+
 void fab_slot_ref(void *item)
 {
     struct fab_slot *slot = item;

@@ -44,6 +44,8 @@ void fab_slots_fini(struct fab_slots *slots);
 void *fab_slot_alloc(struct fab_slots *slots); /* NULL: full. The item past its slot is as left */
 int64_t fab_slot_handle(const void *item);
 void *fab_slot_get(struct fab_slots *slots, int64_t handle);
+/* The same without a reference, for whoever holds the lock that items are killed under. */
+void *fab_slot_peek(const struct fab_slots *slots, int64_t handle);
 void fab_slot_ref(void *item);
 bool fab_slot_kill(void *item); /* false: was dead already */
 bool fab_slot_kill_unused(void *item); /* kills it only if the owner's reference is the last */

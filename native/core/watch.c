@@ -253,6 +253,8 @@ int64_t fab_watch_cell(struct fab_engine *e, int64_t queue, uint32_t at, uint64_
 
 int64_t fab_watch_transfer(fab_engine *e, int64_t queue, int64_t transfer, uint64_t tag)
 {
+    if (transfer == FAB_DONE)
+        return 0;
     if (fab_enter(e))
         return FAB_E_CLOSED;
     int64_t result = 0;

@@ -19,6 +19,8 @@
 #include "transfer.h"
 
 #define SPINS_PER_YIELD 64
+#define LOCK_TRIES 16 /* of a submitter, before it leaves its transfer to whoever has the lock */
+#define GLANCES 64    /* between two turns of a worker that finds nothing */
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define IDLE_TICK_NS (2 * FAB_TICK_NS) /* between ticks while nothing else happens */
 #define HELPER_ARM_TRIES 8
@@ -137,7 +139,7 @@ static int take_commands(struct fab_engine *e)
     return n;
 }
 
-bool fab_trylock_in_order(struct fab_engine *e)
+static bool trylock_in_order(struct fab_engine *e)
 {
     if (!fab_trylock(e))
         return false;
@@ -146,6 +148,16 @@ bool fab_trylock_in_order(struct fab_engine *e)
     if (!atomic_load_explicit(&e->commands_waiting, memory_order_seq_cst))
         return true;
     fab_unlock(e); /* one is being written: ours has to go behind it */
+    return false;
+}
+
+bool fab_trylock_soon(struct fab_engine *e)
+{
+    for (int i = 0; i < LOCK_TRIES; i++) {
+        if (trylock_in_order(e))
+            return true;
+        relax();
+    }
     return false;
 }
 
@@ -191,6 +203,7 @@ int fab_turn(struct fab_engine *e)
     e->now = fab_now(); /* deadlines start from it: never from before a sleep */
     int n = take_commands(e);
     for (uint32_t i = 0; i < e->nic_count; i++) {
+        e->nics[i]->now = e->now;
         int got = e->nics[i]->provider->poll(e->nics[i], FAB_EVENTS_PER_TURN);
         n += got > 0 ? got : 0;
     }
@@ -207,15 +220,20 @@ int fab_turn(struct fab_engine *e)
 
 /* ---- the worker ---- */
 
+static void wake_worker(struct fab_engine *e)
+{
+    uint64_t one = 1;
+    ssize_t n = write(e->wake_fd, &one, sizeof one);
+    (void)n; /* an eventfd this far from its limit always takes it */
+}
+
 void fab_kick(struct fab_engine *e)
 {
     uint32_t asleep = FAB_SLEEPING;
     if (!atomic_compare_exchange_strong_explicit(&e->worker_state, &asleep, FAB_AWAKE,
                                                  memory_order_seq_cst, memory_order_seq_cst))
         return;
-    uint64_t one = 1;
-    ssize_t n = write(e->wake_fd, &one, sizeof one);
-    (void)n; /* an eventfd this far from its limit always takes it */
+    wake_worker(e);
 }
 
 static void drain_wake(struct fab_engine *e)
@@ -301,7 +319,8 @@ static void nap(struct fab_engine *e)
     struct pollfd p = {.fd = e->wake_fd, .events = POLLIN};
     struct timespec t = {.tv_nsec = FAB_NAP_NS};
     atomic_store_explicit(&e->worker_state, FAB_NAPPING, memory_order_seq_cst);
-    ppoll(&p, 1, &t, NULL);
+    if (ppoll(&p, 1, &t, NULL) > 0)
+        drain_wake(e);
     atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
 }
 
@@ -331,6 +350,21 @@ static int worker_turn(struct fab_engine *e, bool napped)
     return n;
 }
 
+/* A turn that finds nothing still takes the lock, and a submitter who comes meanwhile would leave its
+ * copies to this thread, and to its cache. */
+static void linger(struct fab_engine *e)
+{
+    for (int i = 0; i < GLANCES; i++) {
+        relax();
+        if (atomic_load_explicit(&e->commands_waiting, memory_order_relaxed) ||
+            atomic_load_explicit(&e->helped, memory_order_relaxed))
+            return;
+        for (uint32_t k = 0; k < e->nic_count; k++)
+            if (!e->nics[k]->provider->glance || e->nics[k]->provider->glance(e->nics[k]))
+                return;
+    }
+}
+
 static void *worker_main(void *arg)
 {
     struct fab_engine *e = arg;
@@ -339,12 +373,15 @@ static void *worker_main(void *arg)
         bool helped = atomic_exchange_explicit(&e->helped, 0, memory_order_acq_rel);
         if (helped) {
             nap(e);
+            if (atomic_load_explicit(&e->helpers, memory_order_relaxed) &&
+                atomic_load_explicit(&e->helped, memory_order_acquire))
+                continue; /* they are at it still */
             last_work = 0; /* one quiet turn after the nap, then sleep */
         }
         if (worker_turn(e, helped)) {
             last_work = fab_now();
         } else if (fab_now() - last_work < spin) {
-            relax();
+            linger(e);
         } else if (!atomic_load_explicit(&e->helped, memory_order_acquire)) {
             sleep_or_not(e);
         }
@@ -385,9 +422,7 @@ void fab_worker_stop(struct fab_engine *e)
     if (!e->worker_runs)
         return;
     atomic_store_explicit(&e->stop, true, memory_order_release);
-    uint64_t one = 1;
-    ssize_t n = write(e->wake_fd, &one, sizeof one);
-    (void)n;
+    wake_worker(e);
     pthread_join(e->worker, NULL);
     e->worker_runs = false;
 }
@@ -427,6 +462,17 @@ static void leave_help(struct fab_engine *e)
     fab_unlock(e);
     if (left)
         fab_kick(e);
+}
+
+/* A helper goes to sleep: a worker that naps because of it is to go on, or what comes next would wait for
+ * the end of the nap, on both sides of a conversation. */
+static void rouse(struct fab_engine *e)
+{
+    if (atomic_load_explicit(&e->helpers, memory_order_relaxed) ||
+        atomic_load_explicit(&e->worker_state, memory_order_seq_cst) != FAB_NAPPING)
+        return;
+    atomic_store_explicit(&e->helped, 0, memory_order_relaxed);
+    wake_worker(e);
 }
 
 int fab_engine_progress(fab_engine *e)
@@ -546,6 +592,7 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
     rc = spin(e, ready, arg, start + spin_ns);
     if (rc)
         return rc;
+    rouse(e);
     int64_t left = timeout;
     if (timeout > 0) {
         left = timeout - (fab_now() - start);

@@ -20,8 +20,9 @@ void fab_worker_stop(struct fab_engine *e);
 
 void fab_lock(struct fab_engine *e);
 bool fab_trylock(struct fab_engine *e);
-/* As fab_trylock, but never overtakes a command that was queued before. */
-bool fab_trylock_in_order(struct fab_engine *e);
+/* As fab_trylock, but never overtakes a command that was queued before; and tries for about a
+ * microsecond, as a turn that finds nothing takes less. */
+bool fab_trylock_soon(struct fab_engine *e);
 void fab_unlock(struct fab_engine *e);
 /* With the lock: one bounded turn. Returns how many things happened. */
 int fab_turn(struct fab_engine *e);

@@ -97,6 +97,7 @@ static void poll_nic(void)
 {
     (void)provider->arm(the.nic); /* looks at all lanes, */
     provider->disarm(the.nic); /* and the next poll at all sockets */
+    the.nic->now = fab_now();
     (void)provider->poll(the.nic, 64);
     const struct local_lane *lane = (const struct local_lane *)the.lane;
     if (!lane)

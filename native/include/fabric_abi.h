@@ -40,6 +40,7 @@
 #define FAB_TEXT_MAX 256
 #define FAB_PIECE_UNIT 720720   /* lcm(1..16): what one range adds to a counter's sum */
 #define FAB_NO_IMM -1
+#define FAB_DONE 0 /* for a handle: the transfer was done before the call returned */
 #define FAB_USER_ID_MAX 134217727 /* 2^27 - 1 */
 
 /* Error codes. */
@@ -381,7 +382,9 @@ int fab_disconnect(fab_engine *e, int64_t peer, int64_t timeout);
 int64_t fab_remote_add(fab_engine *e, int64_t peer, const fab_descriptor *descriptor);
 int fab_remote_release(fab_engine *e, int64_t remote);
 
-/* ---- transfers: each returns a handle ---- */
+/* ---- transfers: each returns a handle, or FAB_DONE ----
+ * FAB_DONE needs no release. It may be waited for, watched, cancelled, released and asked about, as any
+ * transfer that has ended well. */
 int64_t fab_write(fab_engine *e, int64_t region, uint64_t src_offset, int64_t remote,
                   uint64_t dst_offset, uint64_t length, int64_t imm, int64_t deadline,
                   int64_t wait);

@@ -6,6 +6,7 @@
  *   local_origin  connections that are not lanes yet
  *   local_post    work requests: immediates and direct copies
  *   local_pull    copies that the owner of the memory makes: asking and serving
+ *   local_copy    memcpy, or past the cache
  *   local_inbox   layouts of shared memory, permits
  *   local_socket  packets with file descriptors, who is at the other end
  *
@@ -29,6 +30,7 @@
 
 #include <sys/types.h>
 
+#include "local_copy.h"
 #include "local_inbox.h"
 #include "provider.h"
 
@@ -205,9 +207,10 @@ struct local_nic {
     int bell_fd;
     struct local_lane *lanes[LOCAL_LANES];
     uint64_t pending[LOCAL_WORDS]; /* lanes that have something left to do */
-    uint32_t words;                /* of the bitmaps, that are in use */
+    _Atomic uint32_t words;        /* of the bitmaps, that are in use */
     uint32_t cursor;               /* the lane whose turn is next */
     uint64_t allowance;            /* bytes that may still be copied in this turn */
+    struct local_cache cache;
     int64_t next_sweep, next_scan;
     bool armed;
     struct fab_origin origins[LOCAL_ORIGINS];
@@ -287,6 +290,7 @@ void fab_local_origin_after_fork(struct fab_origin *origin);
 
 /* ---- local_post ---- */
 int fab_local_post(struct fab_lane *lane, const struct fab_wr *wrs, int n);
+bool fab_local_post_now(struct fab_lane *lane, const struct fab_wr *wr);
 /* Goes on with the queue within the NIC's allowance; returns how many things happened. */
 int fab_local_work(struct local_lane *lane);
 /* Reports the work requests at the head that are finished; returns how many. */

@@ -23,13 +23,6 @@
 
 #define LOCAL_NIC_NAME "local0"
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 /* ---- open and close ---- */
 
 static void fill_info(fab_nic_info *info)
@@ -111,6 +104,7 @@ static void local_close(struct fab_nic *base)
             fab_local_origin_close(nic, &nic->origins[i]);
     close_fds(nic);
     fab_local_unmap(nic->bell, sizeof *nic->bell);
+    fab_local_cache_close(&nic->cache);
     free(nic);
 }
 
@@ -136,7 +130,9 @@ static int local_open(const struct fab_nic_options *options, struct fab_nic **ou
     nic->base.fences = true;
     nic->mode = mode;
     nic->epoll = nic->listener = nic->spare = nic->bell_fd = -1;
-    rc = open_bell(nic);
+    rc = fab_local_cache_open(&nic->cache);
+    if (!rc)
+        rc = open_bell(nic);
     if (!rc) {
         rc = open_socket(nic);
         if (rc)
@@ -317,10 +313,20 @@ static int run_lanes(struct local_nic *nic, int budget)
     return n;
 }
 
+static bool local_glance(const struct fab_nic *base)
+{
+    const struct local_nic *nic = (const struct local_nic *)base;
+    uint32_t words = atomic_load_explicit(&nic->words, memory_order_relaxed);
+    for (uint32_t w = 0; w < words; w++)
+        if (atomic_load_explicit(&nic->bell->bits[w], memory_order_relaxed))
+            return true;
+    return false;
+}
+
 static int local_poll(struct fab_nic *base, int budget)
 {
     struct local_nic *nic = (struct local_nic *)base;
-    int64_t now = now_ns();
+    int64_t now = base->now;
     int n = 0;
     nic->allowance = LOCAL_TURN_BYTES;
     if (now >= nic->next_sweep)
@@ -392,7 +398,9 @@ const struct fab_provider fab_provider_local = {
     .import = local_import,
     .unimport = local_unimport,
     .post = fab_local_post,
+    .post_now = fab_local_post_now,
     .poll = local_poll,
+    .glance = local_glance,
     .arm = local_arm,
     .disarm = local_disarm,
     .after_fork = local_after_fork,

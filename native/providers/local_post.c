@@ -68,33 +68,50 @@ static void raise_imm(struct local_lane *lane, uint32_t imm)
 
 /* ---- copies ---- */
 
-/* Up to a chunk under one permit. */
-static bool copy_chunk(struct local_lane *lane, uint8_t *to, const uint8_t *from, uint64_t n)
+/* Spans of up to a chunk in all, under one permit. */
+static bool copy_spans(struct local_lane *lane, const struct local_span *spans, int count,
+                       uint64_t length)
 {
     struct local_inbox *box = lane->out;
+    struct local_nic *nic = fab_local_nic(lane);
     if (!fab_local_enter(&box->busy, &box->revoked)) {
         fab_local_fail(lane, -ECONNRESET, "process %d has ended the session", (int)lane->end.pid);
         return false;
     }
-    memcpy(to, from, n);
+    fab_local_copy(&nic->cache, spans, count, length);
     fab_local_leave(&box->busy);
+    fab_local_spend(nic, length * (uint64_t)count);
     return true;
+}
+
+static struct local_span span_of(const struct fab_wr *wr, uint64_t moved)
+{
+    return (struct local_span){wr->remote->map + wr->addr + moved, wr->src + moved};
 }
 
 /* Goes on with a direct work request within the allowance. False: not finished. */
 static bool copy_some(struct local_lane *lane, const struct fab_wr *wr, uint64_t *moved)
 {
-    struct local_nic *nic = fab_local_nic(lane);
     while (*moved < wr->length) {
         uint64_t n = wr->length - *moved;
         n = n < LOCAL_CHUNK ? n : LOCAL_CHUNK;
-        if (!nic->allowance ||
-            !copy_chunk(lane, wr->remote->map + wr->addr + *moved, wr->src + *moved, n))
+        struct local_span span = span_of(wr, *moved);
+        if (!fab_local_nic(lane)->allowance || !copy_spans(lane, &span, 1, n))
             return false;
         *moved += n;
-        fab_local_spend(nic, n);
     }
     return true;
+}
+
+/* Several pages are one copy (local_copy.h). True: `next` may be copied together with the `count`
+ * work requests that `first` begins. */
+static bool joins(const struct local_lane *lane, const struct fab_wr *first, int count,
+                  const struct fab_wr *next)
+{
+    uint64_t bytes = first->length * ((uint64_t)count + 1);
+    return count < LOCAL_SPANS && first->length >= LOCAL_BULK / LOCAL_SPANS &&
+           next->length == first->length && bytes <= LOCAL_CHUNK &&
+           bytes <= fab_local_nic(lane)->allowance && !is_pull(next) && is_sound(next);
 }
 
 /* ---- the queue ---- */
@@ -128,16 +145,41 @@ int fab_local_settle(struct local_lane *lane)
     return n;
 }
 
-/* A direct copy or a bare immediate whose turn has come. */
-static void do_direct(struct local_lane *lane, struct local_work *work)
+static void issued(struct local_lane *lane, struct local_work *work)
 {
-    if (!copy_some(lane, &work->wr, &work->moved))
-        return;
     if (work->wr.flags & FAB_WR_IMM) {
         lane->imm_owed--;
         raise_imm(lane, work->wr.imm);
     }
     work->issued = true;
+}
+
+/* Several of the queue at once. False: the one in front goes alone. */
+static bool do_together(struct local_lane *lane)
+{
+    struct local_span spans[LOCAL_SPANS];
+    const struct fab_wr *first = &work_at(lane, lane->next)->wr;
+    int count = 0;
+    while (lane->next + (uint32_t)count != lane->tail &&
+           joins(lane, first, count, &work_at(lane, lane->next + (uint32_t)count)->wr)) {
+        spans[count] = span_of(&work_at(lane, lane->next + (uint32_t)count)->wr, 0);
+        count++;
+    }
+    if (count < 2 || !copy_spans(lane, spans, count, first->length))
+        return false;
+    for (int i = 0; i < count; i++)
+        issued(lane, work_at(lane, lane->next + (uint32_t)i));
+    lane->next += (uint32_t)count - 1; /* the caller goes on behind the last one */
+    return true;
+}
+
+/* Direct copies or a bare immediate whose turn has come. */
+static void do_direct(struct local_lane *lane, struct local_work *work)
+{
+    if (!work->moved && do_together(lane))
+        return;
+    if (!lane->fault && copy_some(lane, &work->wr, &work->moved))
+        issued(lane, work);
 }
 
 /* A bare immediate behind copies that the peer makes goes the same way, to stay behind them. */
@@ -176,32 +218,62 @@ void fab_local_cancel(struct local_lane *lane)
 
 /* ---- posting ---- */
 
-/* With nothing before it and enough allowance left, the work is done here and now. */
-static bool do_now(struct local_lane *lane, const struct fab_wr *wr)
+/* With nothing before them and enough allowance left, the work is done here and now. Returns how many
+ * of the `n` work requests that `wrs` begins, which are at least one. */
+static int do_now(struct local_lane *lane, const struct fab_wr *wrs, int n)
 {
+    struct local_span spans[LOCAL_SPANS];
+    int count = 0;
+    while (count < n &&
+           (!count || (wrs[count].flags == wrs->flags && wrs[count].imm == wrs->imm)) &&
+           joins(lane, wrs, count, &wrs[count])) {
+        spans[count] = span_of(&wrs[count], 0);
+        count++;
+    }
     uint64_t moved = 0;
-    if (!copy_some(lane, wr, &moved))
-        return false;
-    if (wr->flags & FAB_WR_IMM)
-        raise_imm(lane, wr->imm);
-    completed(lane, wr, 0);
-    return true;
+    if (count < 2)
+        count = copy_some(lane, wrs, &moved);
+    else if (!copy_spans(lane, spans, count, wrs->length))
+        count = 0;
+    for (int i = 0; i < count; i++) {
+        if (wrs[i].flags & FAB_WR_IMM) /* equal ones: all go where the first one has room */
+            raise_imm(lane, wrs[i].imm);
+        completed(lane, &wrs[i], 0);
+    }
+    return count;
 }
 
-static bool take(struct local_lane *lane, const struct fab_wr *wr)
+/* Takes the first of `n` work requests, and others with it where that is better. */
+static int take(struct local_lane *lane, const struct fab_wr *wr, int n)
 {
     if (wr->length && !is_sound(wr)) {
         completed(lane, wr, -EINVAL);
-        return true;
+        return 1;
     }
     bool pull = is_pull(wr);
     bool now = !pull && lane->head == lane->tail && wr->length <= fab_local_nic(lane)->allowance;
     if ((wr->flags & FAB_WR_IMM) && !pull) {
         bool merges = now && lane->raised_times && lane->raised == wr->imm;
         if (!merges && !has_room(lane))
-            return false;
+            return 0;
     }
-    return now ? do_now(lane, wr) : enqueue(lane, wr);
+    return now ? do_now(lane, wr, n) : enqueue(lane, wr);
+}
+
+bool fab_local_post_now(struct fab_lane *base, const struct fab_wr *wr)
+{
+    struct local_lane *lane = (struct local_lane *)base;
+    uint64_t moved = 0;
+    if (lane->fault || lane->closing || !lane->ready || lane->head != lane->tail || is_pull(wr) ||
+        (wr->length && !is_sound(wr)) || ((wr->flags & FAB_WR_IMM) && !has_room(lane)))
+        return false;
+    fab_local_nic(lane)->allowance = LOCAL_POST_BYTES;
+    if (!copy_some(lane, wr, &moved))
+        return false;
+    if (wr->flags & FAB_WR_IMM)
+        raise_imm(lane, wr->imm);
+    fab_local_lane_flush(lane);
+    return true;
 }
 
 int fab_local_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
@@ -213,8 +285,8 @@ int fab_local_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
         return 0;
     fab_local_nic(lane)->allowance = LOCAL_POST_BYTES;
     int taken = 0;
-    while (taken < n && take(lane, &wrs[taken]))
-        taken++;
+    for (int more = 1; more && taken < n; taken += more)
+        more = take(lane, &wrs[taken], n - taken);
     if (lane->next != lane->tail)
         fab_local_work(lane);
     fab_local_lane_flush(lane);

@@ -398,14 +398,28 @@ static bool from_process(const struct step *step)
     return step->n && !step->from && !step->status;
 }
 
+/* Steps of equal length are one copy (local_copy.h). Returns how many were looked at. */
+static int copy_mapped(struct local_lane *lane, const struct step *steps, int count)
+{
+    struct local_span spans[LOCAL_SPANS];
+    int n = 0;
+    if (!steps->n || steps->status)
+        return 1;
+    while (n < count && n < LOCAL_SPANS && steps[n].from && !steps[n].status &&
+           steps[n].n == steps->n) {
+        spans[n] = (struct local_span){steps[n].to, steps[n].from};
+        n++;
+    }
+    fab_local_copy(&fab_local_nic(lane)->cache, spans, n, steps->n);
+    return n;
+}
+
 /* Copies all steps; returns how many are valid. */
 static int copy_steps(struct local_lane *lane, struct step *steps, int count)
 {
     for (int i = 0; i < count;) {
         if (!from_process(&steps[i])) {
-            if (steps[i].n && !steps[i].status)
-                memcpy(steps[i].to, steps[i].from, steps[i].n);
-            i++;
+            i += copy_mapped(lane, steps + i, count - i);
             continue;
         }
         int run = 1;

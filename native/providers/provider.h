@@ -111,6 +111,7 @@ struct fab_nic {
     fab_nic_info info;  /* all but doorbell is filled by nic_open */
     int wait_fd;        /* pollable: readable when something happened after arm() said 0 */
     uint32_t index;     /* in the engine */
+    int64_t now;        /* when poll() is called: fab_now(), from the core */
     bool remote_needed; /* zero-length writes need the doorbell's addr and rkey */
     bool fences;        /* lane_close() is a fence; else mr_dereg() is */
 };
@@ -180,9 +181,15 @@ struct fab_provider {
     /* Posts up to n work requests, one doorbell; returns how many were taken. Fewer than n:
      * full for now. A negative errno: the lane is broken and none was taken. */
     int (*post)(struct fab_lane *lane, const struct fab_wr *wrs, int n);
+    /* One short work request, if it can be finished within the call; it is not reported then. False:
+     * nothing was done. NULL: never. */
+    bool (*post_now)(struct fab_lane *lane, const struct fab_wr *wr);
     /* Polls up to about `budget` events and gives waiting work its share. Returns how many
      * things happened. */
     int (*poll)(struct fab_nic *nic, int budget);
+    /* Without the lock, between nic_open and nic_close: whether poll() may find something new. NULL:
+     * only poll() tells. */
+    bool (*glance)(const struct fab_nic *nic);
     /* Before blocking on wait_fd. 0: block; 1: something is there, poll again. */
     int (*arm)(struct fab_nic *nic);
     void (*disarm)(struct fab_nic *nic);

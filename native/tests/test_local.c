@@ -334,6 +334,7 @@ static void close_region(struct region *region)
 
 static int poll_nic(void)
 {
+    me.nic->now = now_ns();
     return provider->poll(me.nic, 64);
 }
 

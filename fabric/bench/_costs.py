@@ -1,0 +1,156 @@
+"""What single calls take, in microseconds, and what idling takes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .._engine import TransferEngine
+from .._transfer import Transfer
+from ._result import microseconds
+
+CALLS = 5000
+ROUNDS = 9
+FAN_IN = 1000
+IDLE_SECONDS = 3.0
+PAGES = 1024
+MIB = 1 << 20
+WAIT_SECONDS = 10.0
+
+
+class Rig:
+    """Two engines on `local` in this process, and memory on both sides."""
+
+    def __init__(self) -> None:
+        self.near = TransferEngine("local")
+        self.far = TransferEngine("local")
+        self.source = self.near.alloc(64 * MIB)
+        self.target = self.far.alloc(64 * MIB)
+        self.counter = self.far.counter()
+        self.near.write(self.source, self.target.descriptor, length=8).wait(WAIT_SECONDS)
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.near.close(1)
+        self.far.close(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A call, and the most it may take."""
+
+    name: str
+    unit: str
+    bound: float
+    run: Callable[[Rig], list[float]]
+
+
+def timed(call: Callable[[], Any], between: Callable[[Any], None] | None = None) -> float:
+    """Return the median time of a call in microseconds, less that of an empty one."""
+    now = time.perf_counter_ns
+    times, empty = [], []
+    for _ in range(CALLS):
+        before = now()
+        result = call()
+        times.append(now() - before)
+        if between is not None:
+            between(result)
+        before = now()
+        empty.append(now() - before)
+    return max(0.0, (microseconds(times, 0.5) or 0.0) - (microseconds(empty, 0.5) or 0.0))
+
+
+def rounds(call: Callable[[], Any], between: Callable[[Any], None] | None = None) -> list[float]:
+    """Return `timed` several times."""
+    return [timed(call, between) for _ in range(ROUNDS)]
+
+
+def _write(rig: Rig) -> list[float]:
+    d, imm, write, source = rig.target.descriptor, rig.counter.id, rig.near.write, rig.source
+    far = rig.far
+
+    def drained(transfer: Transfer) -> None:
+        far.progress()  # the receiver is awake, on this core
+
+    return rounds(lambda: write(source, d, length=8, imm=imm), drained)
+
+
+def _pages(rig: Rig, nbytes: int) -> list[float]:
+    d, imm, write, source = rig.target.descriptor, rig.counter.id, rig.near.write_pages, rig.source
+    pages = np.random.default_rng(0).permutation(PAGES).astype(np.int32)
+
+    def drained(transfer: Transfer) -> None:
+        transfer.wait(WAIT_SECONDS)
+        rig.far.progress()
+
+    call: Callable[[], Any] = lambda: write(source, d, pages, pages, page_bytes=nbytes, imm=imm)  # noqa: E731
+    return rounds(call, drained)
+
+
+def _pages_inline(rig: Rig) -> list[float]:
+    return _pages(rig, 8)
+
+
+def _satisfied_wait(rig: Rig) -> list[float]:
+    return rounds(lambda: rig.counter.wait(0))
+
+
+def _value(rig: Rig) -> list[float]:
+    counter = rig.counter
+    return rounds(lambda: counter.value)
+
+
+def _fan_in(rig: Rig) -> list[float]:
+    """Time from the call that sends the last of many immediates until the coroutine runs again."""
+    return [asyncio.run(_resumed(rig)) for _ in range(5 * ROUNDS)]
+
+
+async def _resumed(rig: Rig) -> float:
+    counter = rig.far.counter()
+    waiting = asyncio.ensure_future(counter.reached(FAN_IN))
+    await asyncio.sleep(0.005)
+    loop = asyncio.get_running_loop()
+    sent = 0
+
+    def send() -> None:
+        nonlocal sent
+        for _ in range(FAN_IN):
+            sent = time.perf_counter_ns()
+            rig.near.write_imm(rig.far.address, counter.id)
+
+    await loop.run_in_executor(None, send)
+    await waiting
+    resumed = time.perf_counter_ns()
+    counter.close()
+    return (resumed - sent) / 1e3
+
+
+def _idle(rig: Rig) -> list[float]:
+    """Return what two idle engines take of a core, each, in percent."""
+    time.sleep(0.1)
+    before = time.process_time()
+    time.sleep(IDLE_SECONDS)
+    return [100 * (time.process_time() - before) / IDLE_SECONDS / 2]
+
+
+COSTS = (
+    Cost("Python, write (receiver awake), p50", "us", 0.8, _write),
+    Cost("Python, write_pages of 1024 x 8 B, p50", "us", 10.0, _pages_inline),
+    Cost("Python, satisfied counter.wait, p50", "us", 0.3, _satisfied_wait),
+    Cost("Python, counter.value, p50", "us", 0.1, _value),
+    Cost("asyncio, last of 1000 immediates to coroutine, p50", "us", 40.0, _fan_in),
+    Cost("idle engine, of a core", "%", 0.1, _idle),
+)

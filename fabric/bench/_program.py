@@ -1,0 +1,129 @@
+"""Contenders that are programs: started once, they run on request (native/bench/raw.h)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import subprocess
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from .. import _native
+from .._errors import FabricError
+from ._result import Result
+
+START_SECONDS = 60.0
+END_SECONDS = 10.0
+
+
+def raw_program() -> pathlib.Path:
+    """Return where our programs without an engine are: beside the extension module."""
+    return pathlib.Path(str(_native.__file__)).with_name("_raw")
+
+
+class Program:
+    """A program that answers ``run SECONDS`` on its standard input with a line of JSON.
+
+    Raises:
+        FabricError: it cannot be started, or says why it cannot run.
+    """
+
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
+        except OSError as error:
+            raise FabricError(f"cannot start {command[0]}: {error}") from None
+        self.about = str(self._answer()["ready"])
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(self, seconds: float) -> Result:
+        """Run for so many seconds.
+
+        Raises:
+            FabricError: the program failed.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"run {seconds:.6f}\n")
+            self._process.stdin.flush()
+        except OSError:
+            self._answer()  # it has said why
+        answer = self._answer()
+        return Result(
+            iters=answer["iters"],
+            seconds=answer["seconds"],
+            nbytes=answer["bytes"],
+            p50_us=answer.get("p50_us"),
+            p99_us=answer.get("p99_us"),
+            p999_us=answer.get("p999_us"),
+        )
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                raise FabricError(f"not an answer: {line[:200]!r}") from None
+        self._process.wait(END_SECONDS)
+        assert self._process.stderr is not None
+        why = self._process.stderr.read().strip().splitlines()
+        raise FabricError(why[-1] if why else f"it ended with status {self._process.returncode}")
+
+
+def raw(kind: str, op: str, nbytes: int, **options: Any) -> Program:
+    """Start one of our programs without an engine (``memcpy``, ``ofi``) or without Python (``engine``).
+
+    Args:
+        kind: the program.
+        op: what it runs.
+        nbytes: of one write or page.
+        options: as the program's arguments; True for a flag, None and False for none.
+
+    Raises:
+        FabricError: it is not here, or cannot do that.
+    """
+    program = raw_program()
+    if not program.exists():
+        raise FabricError(f"{program.name} was not built beside the extension module")
+    command = [str(program), kind, "--op", op, "--bytes", str(nbytes)]
+    for name, value in options.items():
+        if value is True:
+            command.append(f"--{name}")
+        elif value is not None and value is not False:
+            command += [f"--{name}", str(value)]
+    return Program(command)

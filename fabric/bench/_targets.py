@@ -1,0 +1,240 @@
+"""The project's own targets: ratios to baselines that ran in turns with us, and bounds on costs.
+
+`make bench` prints each beside what it is to be, and fails where one is missed by more than 5 %. It
+is not part of CI: it wants a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+
+from .._errors import FabricError
+from ._case import Case
+from ._costs import COSTS, Rig
+from ._ends import Set
+from ._loopback import Loopback
+from ._program import raw
+from ._report import Progress, header
+from ._result import Result, median
+
+PAIRS = 9
+SLICE_SECONDS = 0.2
+TOLERANCE = 0.05
+COLD = 1 << 28
+MIB = 1 << 20
+KIB = 1 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One line: what is compared with what, and what it must reach.
+
+    Args:
+        name: for people.
+        unit: of both values; "x" for a ratio.
+        bound: at least this where `more`, else at most.
+        measure: returns the values whose median counts.
+    """
+
+    name: str
+    unit: str
+    bound: float
+    more: bool
+    measure: Callable[[], list[float]]
+
+    def met(self, value: float) -> bool:
+        """Return whether the value is good enough, within the tolerance."""
+        if self.more:
+            return value >= self.bound * (1 - TOLERANCE)
+        return value <= self.bound * (1 + TOLERANCE)
+
+
+def check_targets(options: argparse.Namespace) -> int:
+    """Measure all targets and print them; returns the exit status."""
+    for name, value in header(options.provider, "targets").items():
+        if value:
+            print(f"# {name}: {value}")
+    print(f"{'target':<58}{'measured':>12}{'wanted':>14}  result")
+    missed = 0
+    progress = Progress()
+    try:
+        for target in (*bandwidth_targets(), *latency_targets(), *cost_targets()):
+            progress.show(target.name)
+            missed += not _check(target, progress)
+    except KeyboardInterrupt:
+        return 130
+    print(f"{missed} missed" if missed else "all targets met")
+    return 1 if missed else 0
+
+
+def _check(target: Target, progress: Progress) -> bool:
+    try:
+        value = median(target.measure())
+    except FabricError as error:
+        progress.show("")
+        print(f"{target.name:<58}{'-':>12}{'':>14}  not measured: {error}")
+        return False
+    progress.show("")
+    good = target.met(value)
+    wanted = f"{'>=' if target.more else '<='} {target.bound:g} {target.unit}"
+    print(
+        f"{target.name:<58}{value:>9.3f} {target.unit:<2}{wanted:>14}  {'ok' if good else 'MISSED'}"
+    )
+    sys.stdout.flush()
+    return good
+
+
+# ---- against baselines ----
+
+
+def _ratios(
+    case: Case,
+    provider: str,
+    baseline: Callable[[], contextlib.AbstractContextManager[object]],
+    value: Callable[[Result], float],
+    foreign: bool = False,
+) -> list[float]:
+    """Run ours and a baseline in turns; returns ours divided by the baseline's for each pair."""
+    near = Set(provider)
+    with Loopback(near, dataclasses.replace(near, foreign=foreign)) as ours, baseline() as theirs:
+        run_theirs: Callable[[float], Result] = theirs.run  # type: ignore[attr-defined]
+        ours.set_up(case)
+        ours.run(SLICE_SECONDS)
+        run_theirs(SLICE_SECONDS)
+        ratios = []
+        for turn in range(PAIRS):
+            if turn % 2:
+                b = value(run_theirs(SLICE_SECONDS))
+                a = value(ours.run(SLICE_SECONDS))
+            else:
+                a = value(ours.run(SLICE_SECONDS))
+                b = value(run_theirs(SLICE_SECONDS))
+            ratios.append(a / b)
+        return ratios
+
+
+def _bandwidth(one: Result) -> float:
+    return one.gbps
+
+
+def _latency(one: Result) -> float:
+    return one.p50_us or 0.0
+
+
+def _against_memcpy(name: str, case: Case, bound: float, foreign: bool = False) -> Target:
+    op = "pages" if case.op == "pages" else "write"
+
+    def measure() -> list[float]:
+        def baseline() -> contextlib.AbstractContextManager[object]:
+            return raw("memcpy", op, case.nbytes, pages=case.call_pages, walk=case.size)
+
+        return _ratios(case, "local", baseline, _bandwidth, foreign)
+
+    return Target(f"local, {name}, to memcpy", "x", bound, True, measure)
+
+
+def _against_libfabric(name: str, case: Case, delivery: bool) -> Target:
+    op = "pages" if case.op == "pages" else "write"
+
+    def measure() -> list[float]:
+        def baseline() -> contextlib.AbstractContextManager[object]:
+            return raw(
+                "ofi",
+                op,
+                case.nbytes,
+                pages=case.call_pages,
+                walk=case.size,
+                window=case.window,
+                provider="tcp",
+                delivery=delivery,
+            )
+
+        return _ratios(case, "tcp", baseline, _bandwidth)
+
+    complete = "delivered" if delivery else "transmitted"
+    return Target(f"tcp, {name}, to libfabric ({complete})", "x", 0.95, True, measure)
+
+
+def bandwidth_targets() -> Iterator[Target]:
+    """Return the targets for bandwidth, in the order of the issue that set them."""
+    yield _against_memcpy("1 MiB, cold", Case("write", MIB, walk=COLD), 1.2)
+    yield _against_memcpy("1 MiB, hot", Case("write", MIB), 0.9)
+    for size, cold, hot in ((16, 1.1, 0.85), (64, 1.25, 0.9)):
+        nbytes = size * KIB
+        walk = max(COLD, 4 * 1024 * nbytes)
+        name = f"1024 pages of {size} KiB"
+        yield _against_memcpy(f"{name}, cold", Case("pages", nbytes, 1024, walk=walk), cold)
+        yield _against_memcpy(f"{name}, hot", Case("pages", nbytes, 1024), hot)
+    yield _against_memcpy(
+        "1 MiB, cold, foreign destination", Case("write", MIB, walk=COLD), 0.6, foreign=True
+    )
+    for delivery in (False, True):
+        yield _against_libfabric("64 KiB", Case("write", 64 * KIB, window=16), delivery)
+        yield _against_libfabric("1 MiB", Case("write", MIB, window=16), delivery)
+        yield _against_libfabric(
+            "1024 pages of 16 KiB", Case("pages", 16 * KIB, 1024, window=1), delivery
+        )
+
+
+# ---- latency ----
+
+
+def _round_trip(near: Set, far: Set, part: str) -> list[float]:
+    with Loopback(near, far) as loopback:
+        loopback.set_up(Case("latency", 8))
+        loopback.run(SLICE_SECONDS)
+        return [getattr(loopback.run(SLICE_SECONDS), part) or 0.0 for _ in range(PAIRS)]
+
+
+def _c_round_trip(cpus: str) -> list[float]:
+    with raw("engine", "roundtrip", 8, provider="local", cpus=cpus) as program:
+        program.run(SLICE_SECONDS)
+        return [program.run(SLICE_SECONDS).p50_us or 0.0 for _ in range(PAIRS)]
+
+
+def _rate(op: str, pages: int) -> list[float]:
+    with raw("engine", op, 8, pages=pages, provider="local") as program:
+        program.run(SLICE_SECONDS)
+        runs = [program.run(SLICE_SECONDS) for _ in range(PAIRS)]
+        return [one.iters * pages / one.seconds / 1e6 for one in runs]
+
+
+def _tcp_round_trip() -> list[float]:
+    def baseline() -> contextlib.AbstractContextManager[object]:
+        return raw("ofi", "roundtrip", 8, provider="tcp")
+
+    return _ratios(Case("latency", 8), "tcp", baseline, _latency)
+
+
+def latency_targets() -> Iterator[Target]:
+    """Return the targets for round trips and rates."""
+    two = (Set("local", cpu=0), Set("local", cpu=1))
+    one = (Set("local", cpu=0), Set("local", cpu=0))
+    trip = "local, 8 B there and back"
+    yield Target(f"{trip}, Python, p50", "us", 1.5, False, lambda: _round_trip(*two, "p50_us"))
+    yield Target(f"{trip}, Python, p99", "us", 5.0, False, lambda: _round_trip(*two, "p99_us"))
+    yield Target(f"{trip}, one core, p50", "us", 10.0, False, lambda: _round_trip(*one, "p50_us"))
+    yield Target(f"{trip}, C, p50", "us", 0.6, False, lambda: _c_round_trip("0,1"))
+    yield Target("local, immediates, one by one (C)", "M/s", 8.0, True, lambda: _rate("imm", 1))
+    yield Target(
+        "local, immediates, pages of 8 B (C)", "M/s", 30.0, True, lambda: _rate("pages", 1024)
+    )
+    yield Target("tcp, 8 B there and back, p50, to libfabric", "x", 1.2, False, _tcp_round_trip)
+
+
+# ---- costs ----
+
+
+def cost_targets() -> Iterator[Target]:
+    """Return the targets for what calls take."""
+    for cost in COSTS:
+
+        def measure(run: Callable[[Rig], list[float]] = cost.run) -> list[float]:
+            with Rig() as rig:
+                return run(rig)
+
+        yield Target(cost.name, cost.unit, cost.bound, False, measure)
