@@ -17,6 +17,18 @@
 
 bool fab_quick_write(struct fab_engine *e, int64_t region, uint64_t src, int64_t remote,
                      uint64_t dst, uint64_t length, int64_t imm);
+
+#define FAB_QUICK_PAGES 1024
+#define FAB_QUICK_BYTES (256 << 10) /* of all pages: they are copied under the progress lock */
+
+struct fab_page_write { /* as fab_write_pages() has it */
+    int64_t region, remote, imm;
+    const int32_t *from, *to;
+    uint32_t count;
+    uint64_t bytes, src_stride, dst_stride, src, dst;
+};
+
+bool fab_quick_pages(struct fab_engine *e, const struct fab_page_write *w);
 bool fab_quick_imm(struct fab_engine *e, int64_t peer, int64_t imm);
 
 #endif

@@ -32,6 +32,12 @@ static void settle(struct fab_timing *timing)
     timing->pending = 0;
 }
 
+void fab_stats_timed(struct fab_timing *timing, int64_t ns)
+{
+    add(&timing->whole, ns, 1);
+    add(&timing->waited, 0, 1);
+}
+
 static bool may_be_quick(const struct fab_transfer *t)
 {
     return (t->op == FAB_OP_WRITE || t->op == FAB_OP_IMM) && t->count == 1 &&

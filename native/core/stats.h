@@ -26,6 +26,9 @@ void fab_stats_forget(struct fab_peer *p);
 uint64_t fab_stats_peer_pieces(const struct fab_peer *p);
 uint32_t fab_bucket(uint64_t ns);
 
+/* A transfer without a record took so long, all of it. */
+void fab_stats_timed(struct fab_timing *timing, int64_t ns);
+
 /* Before a transfer is started by its submitter. */
 static inline void fab_stats_submit(struct fab_engine *e, struct fab_transfer *t)
 {

@@ -469,6 +469,21 @@ int64_t fab_write_pages(fab_engine *e, int64_t region, int64_t remote, const int
     if (fab_enter(e))
         return FAB_E_CLOSED;
     int64_t result = check_imm(imm);
+    struct fab_page_write w = {.region = region,
+                               .remote = remote,
+                               .imm = imm,
+                               .from = src_pages,
+                               .to = dst_pages,
+                               .count = count,
+                               .bytes = page_bytes,
+                               .src_stride = src_stride,
+                               .dst_stride = dst_stride,
+                               .src = src_offset,
+                               .dst = dst_offset};
+    if (!result && !deadline && fab_quick_pages(e, &w)) {
+        fab_leave(e);
+        return FAB_DONE;
+    }
     struct fab_transfer *t = result ? NULL : new_transfer(e, FAB_K_PAGES, FAB_OP_PAGES, wait);
     if (!t) {
         result = fab_error_code();

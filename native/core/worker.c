@@ -19,6 +19,7 @@
 #include "transfer.h"
 
 #define SPINS_PER_YIELD 64
+#define SPINS_PER_TURN 8 /* while nothing new is to be seen: what was left over goes on */
 #define LOCK_TRIES 16 /* of a submitter, before it leaves its transfer to whoever has the lock */
 #define GLANCES 64    /* between two turns of a worker that finds nothing */
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
@@ -218,6 +219,17 @@ int fab_turn(struct fab_engine *e)
     return n;
 }
 
+/* Without the lock: something new may be there. It may also be that nobody can tell. */
+static bool worth_a_turn(struct fab_engine *e)
+{
+    if (atomic_load_explicit(&e->commands_waiting, memory_order_relaxed))
+        return true;
+    for (uint32_t i = 0; i < e->nic_count; i++)
+        if (!e->nics[i]->provider->glance || e->nics[i]->provider->glance(e->nics[i]))
+            return true;
+    return false;
+}
+
 /* ---- the worker ---- */
 
 static void wake_worker(struct fab_engine *e)
@@ -281,7 +293,8 @@ static bool any_business(struct fab_engine *e)
 static int64_t prepare_sleep(struct fab_engine *e)
 {
     atomic_store_explicit(&e->worker_state, FAB_SLEEPING, memory_order_seq_cst);
-    if (atomic_load_explicit(&e->commands_waiting, memory_order_seq_cst) || !arm_all(e)) {
+    if (atomic_load_explicit(&e->stop, memory_order_acquire) || /* a nap took the event that told */
+        atomic_load_explicit(&e->commands_waiting, memory_order_seq_cst) || !arm_all(e)) {
         atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
         return 0;
     }
@@ -314,14 +327,20 @@ static void sleep_or_not(struct fab_engine *e)
     fab_unlock(e);
 }
 
-static void nap(struct fab_engine *e)
+/* True: helpers were active since the last look, so the worker has napped. Who goes to sleep after helping
+ * takes that back (rouse()): for it the state is NAPPING from before the look on. */
+static bool nap_if_helped(struct fab_engine *e)
 {
     struct pollfd p = {.fd = e->wake_fd, .events = POLLIN};
     struct timespec t = {.tv_nsec = FAB_NAP_NS};
+    if (!atomic_load_explicit(&e->helped, memory_order_relaxed))
+        return false;
     atomic_store_explicit(&e->worker_state, FAB_NAPPING, memory_order_seq_cst);
-    if (ppoll(&p, 1, &t, NULL) > 0)
+    bool helped = atomic_exchange_explicit(&e->helped, 0, memory_order_seq_cst);
+    if (helped && ppoll(&p, 1, &t, NULL) > 0)
         drain_wake(e);
     atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
+    return helped;
 }
 
 /* A mutex is not fair: who sleeps on it would not get it as long as the worker has work. So after each
@@ -356,12 +375,8 @@ static void linger(struct fab_engine *e)
 {
     for (int i = 0; i < GLANCES; i++) {
         relax();
-        if (atomic_load_explicit(&e->commands_waiting, memory_order_relaxed) ||
-            atomic_load_explicit(&e->helped, memory_order_relaxed))
+        if (worth_a_turn(e) || atomic_load_explicit(&e->helped, memory_order_relaxed))
             return;
-        for (uint32_t k = 0; k < e->nic_count; k++)
-            if (!e->nics[k]->provider->glance || e->nics[k]->provider->glance(e->nics[k]))
-                return;
     }
 }
 
@@ -370,9 +385,8 @@ static void *worker_main(void *arg)
     struct fab_engine *e = arg;
     int64_t last_work = fab_now(), spin = (int64_t)e->config.spin_us * NS_PER_US;
     while (!atomic_load_explicit(&e->stop, memory_order_acquire)) {
-        bool helped = atomic_exchange_explicit(&e->helped, 0, memory_order_acq_rel);
+        bool helped = nap_if_helped(e);
         if (helped) {
-            nap(e);
             if (atomic_load_explicit(&e->helpers, memory_order_relaxed) &&
                 atomic_load_explicit(&e->helped, memory_order_acquire))
                 continue; /* they are at it still */
@@ -429,9 +443,13 @@ void fab_worker_stop(struct fab_engine *e)
 
 /* ---- waiters ---- */
 
-/* One turn by a waiter, if nobody else is at it. */
-static void help(struct fab_engine *e)
+/* One turn by a waiter, if nobody else is at it. `look`: also where nothing seems to be there. */
+static void help(struct fab_engine *e, bool look)
 {
+    if (!look && !worth_a_turn(e)) {
+        relax();
+        return;
+    }
     if (atomic_load_explicit(&e->lock_wanted, memory_order_relaxed) || !fab_trylock(e)) {
         relax();
         return;
@@ -468,11 +486,11 @@ static void leave_help(struct fab_engine *e)
  * the end of the nap, on both sides of a conversation. */
 static void rouse(struct fab_engine *e)
 {
-    if (atomic_load_explicit(&e->helpers, memory_order_relaxed) ||
-        atomic_load_explicit(&e->worker_state, memory_order_seq_cst) != FAB_NAPPING)
+    if (atomic_load_explicit(&e->helpers, memory_order_relaxed))
         return;
-    atomic_store_explicit(&e->helped, 0, memory_order_relaxed);
-    wake_worker(e);
+    atomic_store_explicit(&e->helped, 0, memory_order_seq_cst);
+    if (atomic_load_explicit(&e->worker_state, memory_order_seq_cst) == FAB_NAPPING)
+        wake_worker(e);
 }
 
 int fab_engine_progress(fab_engine *e)
@@ -532,7 +550,7 @@ static int spin(struct fab_engine *e, int (*ready)(struct fab_engine *, void *),
     int rc = 0;
     atomic_fetch_add_explicit(&e->helpers, 1, memory_order_relaxed);
     for (unsigned i = 1; !(rc = ready(e, arg)); i++) {
-        help(e);
+        help(e, i % SPINS_PER_TURN == 1);
         if (i % SPINS_PER_YIELD == 0) {
             sched_yield();
             if (fab_now() >= until || atomic_load_explicit(&e->closed, memory_order_relaxed))
@@ -579,7 +597,7 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
         return rc;
     if (!timeout) { /* a look, with one turn so that polling alone makes progress */
         atomic_fetch_add_explicit(&e->helpers, 1, memory_order_relaxed);
-        help(e);
+        help(e, true);
         leave_help(e);
         rc = ready(e, arg);
         return rc ? rc : FAB_E_TIMEOUT;

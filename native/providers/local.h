@@ -291,6 +291,7 @@ void fab_local_origin_after_fork(struct fab_origin *origin);
 /* ---- local_post ---- */
 int fab_local_post(struct fab_lane *lane, const struct fab_wr *wrs, int n);
 bool fab_local_post_now(struct fab_lane *lane, const struct fab_wr *wr);
+bool fab_local_pages_now(struct fab_lane *lane, const struct fab_pages *pages);
 /* Goes on with the queue within the NIC's allowance; returns how many things happened. */
 int fab_local_work(struct local_lane *lane);
 /* Reports the work requests at the head that are finished; returns how many. */

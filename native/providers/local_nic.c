@@ -399,6 +399,7 @@ const struct fab_provider fab_provider_local = {
     .unimport = local_unimport,
     .post = fab_local_post,
     .post_now = fab_local_post_now,
+    .pages_now = fab_local_pages_now,
     .poll = local_poll,
     .glance = local_glance,
     .arm = local_arm,

@@ -276,6 +276,45 @@ bool fab_local_post_now(struct fab_lane *base, const struct fab_wr *wr)
     return true;
 }
 
+/* Pages under one permit: up to a chunk of bytes, and of pages. Returns how many; 0: revoked. */
+static uint32_t copy_pages(struct local_lane *lane, const struct fab_pages *p, uint32_t begin)
+{
+    struct local_inbox *box = lane->out;
+    const struct fab_wr *wr = &p->first;
+    uint8_t *to = wr->remote->map + wr->addr;
+    uint64_t most = LOCAL_CHUNK / (wr->length > LOCAL_LINE ? wr->length : LOCAL_LINE);
+    uint32_t end = p->count - begin > most ? begin + (uint32_t)most : p->count;
+    if (!fab_local_enter(&box->busy, &box->revoked)) {
+        fab_local_fail(lane, -ECONNRESET, "process %d has ended the session", (int)lane->end.pid);
+        return 0;
+    }
+    for (uint32_t i = begin; i < end; i++)
+        memcpy(to + (uint64_t)p->to[i] * p->dst_stride,
+               wr->src + (uint64_t)p->from[i] * p->src_stride, wr->length);
+    fab_local_leave(&box->busy);
+    return end - begin;
+}
+
+bool fab_local_pages_now(struct fab_lane *base, const struct fab_pages *p)
+{
+    struct local_lane *lane = (struct local_lane *)base;
+    const struct fab_wr *wr = &p->first;
+    if (lane->fault || lane->closing || !lane->ready || lane->head != lane->tail || is_pull(wr) ||
+        !is_sound(wr) || wr->length > LOCAL_CHUNK || ((wr->flags & FAB_WR_IMM) && !has_room(lane)))
+        return false;
+    for (uint32_t done = 0, n; done < p->count; done += n) {
+        n = copy_pages(lane, p, done);
+        if (!n)
+            return false;
+    }
+    if (wr->flags & FAB_WR_IMM) {
+        raise_imm(lane, wr->imm); /* nothing was raised before it: this is one entry */
+        lane->raised_times = p->count;
+    }
+    fab_local_lane_flush(lane);
+    return true;
+}
+
 int fab_local_post(struct fab_lane *base, const struct fab_wr *wrs, int n)
 {
     struct local_lane *lane = (struct local_lane *)base;

@@ -64,6 +64,15 @@ struct fab_wr {
     uint32_t flags;
 };
 
+/* Many ranges of one length between two regions. Page i goes from src + from[i] * src_stride to
+ * addr + to[i] * dst_stride. */
+struct fab_pages {
+    struct fab_wr first; /* of page 0 on both sides, and what each of them raises */
+    const int32_t *from, *to;
+    uint32_t count;
+    uint64_t src_stride, dst_stride;
+};
+
 /* A region to be registered. */
 struct fab_memory {
     uint8_t *base;
@@ -184,6 +193,8 @@ struct fab_provider {
     /* One short work request, if it can be finished within the call; it is not reported then. False:
      * nothing was done. NULL: never. */
     bool (*post_now)(struct fab_lane *lane, const struct fab_wr *wr);
+    /* The same for pages. Where the lane breaks meanwhile some were written, and none counted. */
+    bool (*pages_now)(struct fab_lane *lane, const struct fab_pages *pages);
     /* Polls up to about `budget` events and gives waiting work its share. Returns how many
      * things happened. */
     int (*poll)(struct fab_nic *nic, int budget);
