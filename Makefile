@@ -16,7 +16,7 @@ TOOLS = PATH="$(CURDIR)/.venv/bin:$$PATH"
 C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[ch])
 PY_FILES = fabric kvtransfer tests examples
 
-.PHONY: help setup demo test test-softroce test-efa test-sim soak soak-kills chaos mutants sanitize fuzz
+.PHONY: help setup demo test test-softroce test-efa test-sim soak soak-kills chaos mutants instructions sanitize fuzz
 .PHONY: ctest lint format wheel clean distclean
 
 help: ## list the targets
@@ -51,6 +51,9 @@ chaos: setup ## the same for 2 minutes on two NICs of the emulated guest, whose 
 
 mutants: setup ## defects put into the core: the tests must see each (ARGS="NAME ...")
 	@$(TOOLS) .venv/bin/python -m tests.mutation $(ARGS)
+
+instructions: setup ## instructions of the hot paths under callgrind, each against its bound (ARGS="--update")
+	@$(TOOLS) .venv/bin/python -m tests.instructions $(ARGS)
 
 ctest: setup ## C tests; PRESET=dev, asan or tsan
 	@$(TOOLS) scripts/ctest $(or $(PRESET),dev)
