@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 UNIT: int = lib.FAB_PIECE_UNIT
 TARGET_MAX = U64_MAX // UNIT
+_reached = lib.fab_counter_reached
 Peers: TypeAlias = Iterable[Peer] | Peer | None
 
 
@@ -123,11 +124,12 @@ class ImmCounter(_Cells):
         id: what senders pass as ``imm``.
     """
 
-    __slots__ = ()
+    __slots__ = ("_cell",)
 
     def __init__(self, core: Core, wanted: int | None) -> None:
         number = -1 if wanted is None else integer("id", wanted, 0, lib.FAB_USER_ID_MAX)
         super().__init__(core, number, 1)
+        self._cell = self._cells[0]
 
     def __repr__(self) -> str:
         state = " closed" if self._final is not None else ""
@@ -142,7 +144,9 @@ class ImmCounter(_Cells):
     @property
     def value(self) -> int:
         """Ranges that have arrived. Only grows. It is progress; `wait` is what proves bytes."""
-        return self._value(0)
+        final = self._final
+        value: int = self._cell[0] // UNIT if final is None else final[0]
+        return value
 
     def wait(self, target: int, timeout: float | None = None, peers: Peers = None) -> None:
         """Wait until `target` ranges have arrived.
@@ -161,6 +165,13 @@ class ImmCounter(_Cells):
             PeerUnreachable, FencePending: one of `peers` is gone; it may still be inside a write.
             InvalidArgument: a negative target, or the counter is closed.
         """
+        if (
+            type(target) is int
+            and 0 <= target <= TARGET_MAX
+            and self._final is None
+            and _reached(self._core.ptr, self._cell, target)
+        ):
+            return  # it is so already
         goal = integer("target", target, 0, TARGET_MAX)
         code = self._wait((goal,), timeout, peers, ffi.NULL)
         if code == lib.FAB_E_TIMEOUT:

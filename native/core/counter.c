@@ -459,6 +459,17 @@ const uint64_t *fab_counter_cell(fab_engine *e, int64_t counter, uint32_t index)
     return cell;
 }
 
+int fab_counter_reached(fab_engine *e, const uint64_t *sum, uint64_t target)
+{
+    const struct fab_cell *cell = (const struct fab_cell *)sum; /* its first field */
+    uint64_t value = atomic_load_explicit(&cell->sum, memory_order_acquire);
+    return value >= target * FAB_PIECE_UNIT &&
+           !(atomic_load_explicit(&cell->flags, memory_order_acquire) & FAB_CELL_VOID) &&
+           !atomic_load_explicit(&e->traced, memory_order_relaxed) &&
+           !atomic_load_explicit(&e->closed, memory_order_acquire) &&
+           !atomic_load_explicit(&e->forked, memory_order_relaxed);
+}
+
 int64_t fab_counter_value(fab_engine *e, int64_t counter, uint32_t index)
 {
     if (fab_enter(e))

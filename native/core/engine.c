@@ -154,6 +154,7 @@ static int open_nic(struct fab_engine *e, const struct fab_provider *provider, c
         return fab_error_why(rc == -EINVAL ? FAB_E_INVALID : FAB_E_UNAVAILABLE, rc,
                              "provider %s, NIC %s", provider->name, name ? name : "(any)");
     e->step = provider->step;
+    e->quick |= provider->post_now != NULL;
     fab_nic_stats *stats = &e->nic_stats[e->nic_stats_count++];
     memcpy(stats->name, e->nics[e->nic_count]->info.name, sizeof stats->name);
     e->nic_count++;

@@ -401,6 +401,7 @@ struct fab_engine {
 
     struct fab_nic *nics[FAB_MAX_NICS];
     uint32_t nic_count;
+    bool quick; /* one of them finishes short work requests at once: quick.h */
     struct fab_lane *dropped[FAB_DROPPED]; /* of attempts that were given up; still closing */
     uint32_t dropped_count;
     uint64_t attempts; /* to connect to somebody, so far */

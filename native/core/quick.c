@@ -107,7 +107,7 @@ bool fab_quick_write(struct fab_engine *e, int64_t region, uint64_t src, int64_t
 {
     struct ends ends;
     struct fab_wr wr;
-    if (!length || length > FAB_SHORT_BYTES || !fab_trylock_soon(e))
+    if (!e->quick || !length || length > FAB_SHORT_BYTES || !fab_trylock_soon(e))
         return false;
     bool done = find_ends(e, region, remote, &ends) && fits(src, length, ends.region->length) &&
                 fits(dst, length, ends.import->length) &&
@@ -155,8 +155,8 @@ bool fab_quick_pages(struct fab_engine *e, const struct fab_page_write *w)
                           .count = w->count,
                           .src_stride = w->src_stride,
                           .dst_stride = w->dst_stride};
-    if (!w->count || w->count > FAB_QUICK_PAGES || !w->bytes || w->bytes > FAB_SHORT_BYTES ||
-        w->bytes * w->count > FAB_QUICK_BYTES)
+    if (!e->quick || !w->count || w->count > FAB_QUICK_PAGES || !w->bytes ||
+        w->bytes > FAB_SHORT_BYTES || w->bytes * w->count > FAB_QUICK_BYTES)
         return false;
     /* The copies are checked: another thread may change the caller's arrays meanwhile. */
     memcpy(from, w->from, sizeof *from * w->count);
@@ -175,7 +175,7 @@ bool fab_quick_pages(struct fab_engine *e, const struct fab_page_write *w)
 bool fab_quick_imm(struct fab_engine *e, int64_t peer, int64_t imm)
 {
     struct fab_timing *timing = &e->timing[FAB_OP_IMM];
-    if (!fab_trylock_soon(e))
+    if (!e->quick || !fab_trylock_soon(e))
         return false;
     struct fab_peer *p = fab_slot_peek(&e->peers, peer);
     struct fab_lane *lane = p ? lane_for(e, p) : NULL;
