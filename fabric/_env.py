@@ -70,6 +70,12 @@ VARIABLES = (
         "how `local` copies out of foreign memory: vm (process_vm_readv) or staging",
     ),
     Variable(
+        "FABRIC_LOCAL_CACHE",
+        "16777216",
+        "bytes of destinations that `local` takes to be in the cache still (0 to 2**30): larger copies"
+        " to other places go past it",
+    ),
+    Variable(
         "FABRIC_EFA_ALLOW_EMULATED",
         "0",
         "1: use EFA devices without RDMA write, whose writes are copied by the target's CPU",
