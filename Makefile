@@ -17,7 +17,7 @@ C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[
 PY_FILES = fabric kvtransfer tests examples
 
 .PHONY: help setup demo test test-softroce test-efa test-sim soak soak-kills chaos mutants instructions sanitize fuzz
-.PHONY: ctest lint format wheel clean distclean
+.PHONY: ctest lint format wheel clean distclean bench bench-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,6 +64,10 @@ sanitize: setup ## Python tests under ASan and UBSan, closing under valgrind (AR
 
 fuzz: setup ## libFuzzer on what peers and strangers may send (SECONDS=60 of each target)
 	@$(TOOLS) scripts/fuzz $(or $(SECONDS),60)
+
+bench-peers: setup ## beside NIXL and Mooncake, on this machine, by turns (about 12 minutes; ARGS="--help")
+	@scripts/peers
+	@.venv/bin/python tests/peers/bench_peers.py $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format
 	@$(TOOLS) scripts/lint

@@ -1,0 +1,244 @@
+"""llm-fabric beside NIXL and Mooncake, on this machine, by turns; `make bench-peers` runs it.
+
+All contenders of a case are set up at once, and run in slices in turn, so that whatever else the
+machine does meets them all. Ratios are medians over the rounds of what ours did in a round by what
+theirs did in the same: above 1 ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from slices import Entry, Outcome, compete
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = Path(__file__).resolve().parent
+PEERS = HERE.parents[1] / "build" / "peers"
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def fabric_entry(provider: str) -> Entry:
+    """Ours."""
+    script = str(HERE / "fabric_contender.py")
+    return Entry(f"llm-fabric, {provider}", (sys.executable, script, "--provider", provider))
+
+
+def nixl_entry(name: str, *options: str) -> Entry:
+    """A variant of NIXL; its progress thread polls all the time."""
+    python, script = str(PEERS / "nixl" / "bin" / "python"), str(HERE / "nixl_contender.py")
+    return Entry(name, (python, script, *options), spins="on" in options)
+
+
+MOONCAKE = Entry(
+    "Mooncake, tcp",
+    (str(PEERS / "mooncake" / "bin" / "python"), str(HERE / "mooncake_contender.py")),
+)
+TCP = ("--tls", "tcp,self")
+FIELDS = {
+    "host": [
+        fabric_entry("local"),
+        nixl_entry("NIXL, progress thread", "--progress", "on"),
+        nixl_entry("NIXL, no thread", "--progress", "off"),
+        nixl_entry("NIXL, no thread, errors none", "--progress", "off", "--errors", "none"),
+        MOONCAKE,
+    ],
+    "tcp": [
+        fabric_entry("tcp"),
+        nixl_entry("NIXL, tcp, progress thread", "--progress", "on", *TCP),
+        nixl_entry("NIXL, tcp, no thread", "--progress", "off", *TCP),
+        nixl_entry(
+            "NIXL, tcp, no thread, errors none", "--progress", "off", "--errors", "none", *TCP
+        ),
+        MOONCAKE,
+    ],
+}
+"""Who meets whom: whatever one host offers, and TCP over loopback. The first is ours."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload, one row of each table."""
+
+    op: str
+    nbytes: int
+    pages: int = 0
+    cold: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the row is called."""
+        size = f"{self.nbytes // MIB} MiB" if self.nbytes >= MIB else f"{self.nbytes // KIB} KiB"
+        size = size if self.nbytes >= KIB else f"{self.nbytes} B"
+        number = f"{self.pages} x " if self.pages else ""
+        return f"{self.op} {number}{size}{', cold' if self.cold else ''}"
+
+    @property
+    def args(self) -> list[str]:
+        """Arguments of a contender."""
+        pages = ["--pages", str(self.pages)] if self.pages else []
+        cold = ["--cold"] if self.cold else []
+        return ["--op", self.op, "--bytes", str(self.nbytes), *pages, *cold]
+
+    @property
+    def by_time(self) -> bool:
+        """Whether the median time counts, not the rate."""
+        return self.op in ("roundtrip", "submit")
+
+    def speed(self, result: dict[str, Any]) -> float:
+        """Return what is compared: more is better."""
+        if self.by_time:
+            return 1e6 / float(result["p50_us"])
+        return float(result["bytes"] / result["seconds"])
+
+    def text(self, slices: Sequence[dict[str, Any]]) -> str:
+        """Return the medians of a contender's slices."""
+        if self.by_time:
+            p50, p99 = (median(s[key] for s in slices) for key in ("p50_us", "p99_us"))
+            return f"{p50:.3g} us (p99 {p99:.3g})" if p50 < 1e3 else f"{p50 / 1e3:.3g} ms"
+        rate = f"{median(map(self.speed, slices)) / 1e9:.3g} GB/s"
+        if self.op != "write":
+            return rate
+        return f"{rate} ({median(s['p50_us'] for s in slices):.3g} us)"
+
+
+CASES = [
+    *(Case("write", n) for n in (4 * KIB, 64 * KIB, MIB)),
+    *(Case("write", n, cold=True) for n in (64 * KIB, MIB, 32 * MIB)),
+    *(Case("window", n) for n in (4 * KIB, 64 * KIB, MIB)),
+    *(Case("pages", n, pages=1024, cold=True) for n in (4 * KIB, 16 * KIB, 64 * KIB)),
+    Case("roundtrip", 8),
+    *(Case("submit", 16 * KIB, pages=n, cold=True) for n in (1, 64, 1024)),
+]
+
+
+def ratio(case: Case, ours: Outcome, theirs: Outcome) -> float | None:
+    """Return the median over the rounds of our speed by theirs."""
+    if not ours.slices or not theirs.slices:
+        return None
+    pairs = zip(ours.slices, theirs.slices, strict=True)
+    return median(case.speed(mine) / case.speed(other) for mine, other in pairs)
+
+
+class Table:
+    """Markdown, printed row by row, and what stands below it."""
+
+    def __init__(self, title: str, entries: Sequence[Entry]) -> None:
+        self.notes: list[str] = []
+        print(f"\n| {title} |", " | ".join(entry.name for entry in entries), "|")
+        print("|---" * (len(entries) + 1) + "|", flush=True)
+
+    def cell(self, case: Case, ours: Outcome, outcome: Outcome) -> str:
+        """Return what a contender did, and how many times as fast ours was."""
+        if outcome.failure:
+            self.notes.append(f"{case.title}: {outcome.failure}")
+            return f"none [{len(self.notes)}]"
+        text = case.text(outcome.slices)
+        times = None if outcome is ours else ratio(case, ours, outcome)
+        return text if times is None else f"{text}, x{times:.2f}"
+
+    def row(self, case: Case, outcomes: Sequence[Outcome]) -> None:
+        """Print a case."""
+        cells = [self.cell(case, outcomes[0], outcome) for outcome in outcomes]
+        print(f"| {case.title} |", " | ".join(cells), "|", flush=True)
+
+    def end(self, setups: dict[str, str]) -> None:
+        """Print how the contenders were set up, and why some did not run."""
+        print()
+        for name, setup in setups.items():
+            print(f"- {name}: {setup}")
+        for number, note in enumerate(self.notes, 1):
+            print(f"- [{number}] {note}")
+
+
+def machine() -> str:
+    """Say where and when this was measured."""
+    model = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else model
+    now = datetime.datetime.now().astimezone()
+    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    kernel, python = platform.release(), platform.python_version()
+    return (
+        f"{now:%Y-%m-%d %H:%M}, {os.cpu_count()} CPUs ({model}), Linux {kernel},"
+        f" Python {python}; load average {load}"
+    )
+
+
+def bench(field: str, cases: Sequence[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the cases of one table; returns everything that was measured."""
+    entries, records, setups = FIELDS[field], [], {}
+    title = {"host": "on one host", "tcp": "TCP on loopback"}[field]
+    table = Table(title, entries)
+    for case in cases:
+        outcomes = compete(entries, case.args, options.rounds, options.seconds)
+        table.row(case, outcomes)
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            if outcome.setup:
+                setups[entry.name] = outcome.setup
+            times = ratio(case, outcomes[0], outcome)
+            named = {"field": field, "case": case.title, "contender": entry.name, "ratio": times}
+            records.append({**named, **asdict(outcome)})
+    table.end(setups)
+    return records
+
+
+def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all slices there as well")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="cases whose 'table: row' contains TEXT"
+    )
+    parser.add_argument("--rounds", type=int, help="turns of each contender (9)")
+    parser.add_argument("--seconds", type=float, help="of a turn (0.3)")
+    parser.add_argument("--quick", action="store_true", help="3 turns of 0.1 s")
+    options = parser.parse_args(args)
+    options.rounds = options.rounds or (3 if options.quick else 9)
+    options.seconds = options.seconds or (0.1 if options.quick else 0.3)
+    if options.rounds < 1 or not 0 < options.seconds <= 60:
+        parser.error("--rounds from 1, --seconds above 0 and up to 60 are needed")
+    options.cases = {field: [] for field in FIELDS}
+    for field, cases in options.cases.items():
+        for case in CASES:
+            name = f"{field}: {case.title}"
+            if not options.only or any(text in name for text in options.only):
+                cases.append(case)
+    if not any(options.cases.values()):
+        parser.error(f"no case contains {' or '.join(map(repr, options.only))}")
+    return options
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit status."""
+    options = parse()
+    missing = [name for name in ("nixl", "mooncake") if not (PEERS / name / "bin/python").exists()]
+    if missing:
+        print(f"bench-peers: run scripts/peers first: no {' or '.join(missing)}", file=sys.stderr)
+        return 1
+    where = machine()
+    print(f"{where}; {options.rounds} turns of {options.seconds:g} s each.")
+    print("Behind a peer's value: how many times as fast ours was (above x1 ours is ahead).")
+    records = []
+    for field, cases in options.cases.items():
+        if cases:
+            records += bench(field, cases, options)
+    print(f"\nLoad average at the end: {' '.join(f'{x:.2f}' for x in os.getloadavg())}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": where, "records": records}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
