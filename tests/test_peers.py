@@ -176,6 +176,6 @@ def test_contenders_take_turns_and_failures_are_told(modules: dict[str, ModuleTy
         slices.Entry("stopped meanwhile", command, spins=True),
     ]
     args = ["--op", "write", "--bytes", "4096"]
-    ours, wrong, stopped = slices.compete(entries, args, rounds=2, seconds=0.02)
+    _, (ours, wrong, stopped) = slices.compete(entries, args, rounds=2, seconds=0.02)
     assert [len(outcome.slices) for outcome in (ours, wrong, stopped)] == [2, 0, 2]
     assert "invalid choice: 'none'" in wrong.failure

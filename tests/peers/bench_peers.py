@@ -1,8 +1,9 @@
 """llm-fabric beside NIXL and Mooncake, on this machine, by turns; `make bench-peers` runs it.
 
 All contenders of a case are set up at once, and run in slices in turn, so that whatever else the
-machine does meets them all. Ratios are medians over the rounds of what ours did in a round by what
-theirs did in the same: above 1 ours is faster.
+machine does meets them all; rounds in which other processes did much are repeated. Ratios are
+medians over the rounds of what ours did in a round by what theirs did in the same: above 1 ours is
+faster.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from slices import Entry, Outcome, compete
+from slices import QUIET_PROCESSORS, Entry, Outcome, compete
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,10 +29,11 @@ PEERS = HERE.parents[1] / "build" / "peers"
 KIB, MIB = 1 << 10, 1 << 20
 
 
-def fabric_entry(provider: str) -> Entry:
+def fabric_entry(provider: str, name: str = "", *options: str) -> Entry:
     """Ours."""
     script = str(HERE / "fabric_contender.py")
-    return Entry(f"llm-fabric, {provider}", (sys.executable, script, "--provider", provider))
+    command = (sys.executable, script, "--provider", provider, *options)
+    return Entry(f"llm-fabric, {provider}{name}", command)
 
 
 def nixl_entry(name: str, *options: str) -> Entry:
@@ -55,6 +57,7 @@ FIELDS = {
     ],
     "tcp": [
         fabric_entry("tcp"),
+        fabric_entry("tcp", ", target polls", "--poll"),
         nixl_entry("NIXL, tcp, progress thread", "--progress", "on", *TCP),
         nixl_entry("NIXL, tcp, no thread", "--progress", "off", *TCP),
         nixl_entry(
@@ -147,10 +150,14 @@ class Table:
         times = None if outcome is ours else ratio(case, ours, outcome)
         return text if times is None else f"{text}, x{times:.2f}"
 
-    def row(self, case: Case, outcomes: Sequence[Outcome]) -> None:
+    def row(self, case: Case, outcomes: Sequence[Outcome], others: float) -> None:
         """Print a case."""
+        title = case.title
+        if others > QUIET_PROCESSORS:
+            self.notes.append(f"{title}: other processes kept up to {others:.1f} CPUs busy")
+            title += f" [{len(self.notes)}]"
         cells = [self.cell(case, outcomes[0], outcome) for outcome in outcomes]
-        print(f"| {case.title} |", " | ".join(cells), "|", flush=True)
+        print(f"| {title} |", " | ".join(cells), "|", flush=True)
 
     def end(self, setups: dict[str, str]) -> None:
         """Print how the contenders were set up, and why some did not run."""
@@ -182,14 +189,14 @@ def bench(field: str, cases: Sequence[Case], options: argparse.Namespace) -> lis
     title = {"host": "on one host", "tcp": "TCP on loopback"}[field]
     table = Table(title, entries)
     for case in cases:
-        outcomes = compete(entries, case.args, options.rounds, options.seconds)
-        table.row(case, outcomes)
+        others, outcomes = compete(entries, case.args, options.rounds, options.seconds)
+        table.row(case, outcomes, others)
         for entry, outcome in zip(entries, outcomes, strict=True):
             if outcome.setup:
                 setups[entry.name] = outcome.setup
             times = ratio(case, outcomes[0], outcome)
             named = {"field": field, "case": case.title, "contender": entry.name, "ratio": times}
-            records.append({**named, **asdict(outcome)})
+            records.append({**named, "others": others, **asdict(outcome)})
     table.end(setups)
     return records
 

@@ -343,8 +343,8 @@ def end_with_parent() -> None:
 def play(kind: type[Side], options: argparse.Namespace, answers: TextIO) -> None:
     """Be the target, or the initiator with a target of its own."""
     workload = Workload(options.op, options.nbytes, options.pages or 1, options.cold)
+    end_with_parent()
     if options.target:
-        end_with_parent()
         connection, flag = map(int, options.target.split(","))
         link = Link(socket.socket(fileno=connection), flag)
         side = kind(workload, options)

@@ -2,7 +2,8 @@
 
 Memory comes from `engine.alloc`. `Transfer.wait` returns when the bytes are visible at the target.
 A round trip is a write that the receiver counts (``imm``), and one that counts the answer. No
-option of the engine is set, but for tcp the NIC: loopback, as both processes are on this host.
+option of the engine is set, but for tcp the NIC: loopback, as both processes are on this host. The
+target's process sleeps meanwhile, as an application may; its engine wakes up for what arrives.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class Fabric(Side):
         self.memory = self.region.numpy()
         self.counter = self.engine.counter()
         self.counted = 0
-        self.setup = (
-            f"llm-fabric {fabric.__version__}, provider {options.provider}, memory of alloc"
-        )
+        polls = ", target polls" if options.poll else ""
+        self.setup = f"llm-fabric {fabric.__version__}, provider {options.provider}{polls}"
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        """Add the provider."""
+        """Add the provider, and whether the target polls."""
         parser.add_argument("--provider", choices=("local", "tcp"), default="local")
+        parser.add_argument(
+            "--poll", action="store_true", help="the target polls, as NIXL's must, and never sleeps"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return descriptor and counter id."""
@@ -90,7 +93,9 @@ class Fabric(Side):
         self.counter.wait(self.counted, timeout=REPLY_SECONDS)
 
     def serve(self, running: Callable[[], bool]) -> None:
-        """Answer each round trip; other targets have nothing to do."""
+        """Answer each round trip; other targets have nothing to do, but may poll."""
+        while self.options.poll and self.workload.op != "roundtrip" and running():
+            self.engine.progress()
         while self.workload.op == "roundtrip" and running():
             try:
                 self.counter.wait(self.counted + 1, timeout=0.05)
