@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ WORKLOADS: list[tuple[str, ...]] = [
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The modules of tests/peers, which are no package: they run as scripts, in other venvs."""
     monkeypatch.syspath_prepend(str(PEERS))
-    names = ("workload", "contender", "slices", "bench_peers")
+    names = ("workload", "contender", "slices", "bench_peers", "others")
     return {name: importlib.import_module(name) for name in names}
 
 
@@ -140,13 +141,16 @@ def test_bytes_that_did_not_arrive_are_noticed(lazy: Path) -> None:
     assert error == "lazy.py: initiator: 64 of 64 bytes did not arrive as sent"
 
 
-def test_the_first_pass_covers_every_slot(modules: dict[str, ModuleType]) -> None:
+def test_the_first_pass_covers_every_slot(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules["workload"], "COLD_BYTES", 4 << 20)
     workload_class = modules["workload"].Workload
-    for args in [("pages", 4096, 7), ("submit", 1 << 21, 25, True), ("window", 4096)]:
+    for args in [("pages", 4096, 7), ("submit", 1 << 12, 25, True), ("window", 4096)]:
         workload = workload_class(*args)
         assert workload.memory_bytes == workload.slots * args[1]
         if args[-1] is True:
-            assert workload.memory_bytes >= 256 << 20
+            assert workload.memory_bytes >= 4 << 20
         if workload.paged:
             assert all(len(src) == len(dst) == args[2] for src, dst in workload.orders)
             for side in zip(*(workload.orders[i] for i in workload.first_pass), strict=True):
@@ -167,8 +171,11 @@ def test_percentiles_and_ratios(modules: dict[str, ModuleType]) -> None:
     assert bench.ratio(bench.Case("roundtrip", 8), ours, slices.Outcome(failure="x")) is None
 
 
-def test_contenders_take_turns_and_failures_are_told(modules: dict[str, ModuleType]) -> None:
+def test_contenders_take_turns_and_failures_are_told(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     slices = modules["slices"]
+    monkeypatch.setattr(slices, "QUIET_SECONDS", 0)
     command = (sys.executable, str(OURS))
     entries = [
         slices.Entry("ours", command),
@@ -179,3 +186,13 @@ def test_contenders_take_turns_and_failures_are_told(modules: dict[str, ModuleTy
     _, (ours, wrong, stopped) = slices.compete(entries, args, rounds=2, seconds=0.02)
     assert [len(outcome.slices) for outcome in (ours, wrong, stopped)] == [2, 0, 2]
     assert "invalid choice: 'none'" in wrong.failure
+
+
+def test_what_others_do_is_seen(modules: dict[str, ModuleType]) -> None:
+    others = modules["others"]
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        mine, theirs = others.Others([process.pid]), others.Others([])
+        time.sleep(0.5)
+        more = theirs.processors() - mine.processors()
+        process.kill()
+    assert more > 0.1  # 1 where nobody else is there

@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from slices import QUIET_PROCESSORS, Entry, Outcome, compete
+from others import QUIET_PROCESSORS
+from slices import Entry, Outcome, compete
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,13 +107,39 @@ class Case:
 
     def text(self, slices: Sequence[dict[str, Any]]) -> str:
         """Return the medians of a contender's slices."""
+        p50, p99 = (
+            median(s[key] for s in slices) if slices[0][key] else None
+            for key in ("p50_us", "p99_us")
+        )
         if self.by_time:
-            p50, p99 = (median(s[key] for s in slices) for key in ("p50_us", "p99_us"))
-            return f"{p50:.3g} us (p99 {p99:.3g})" if p50 < 1e3 else f"{p50 / 1e3:.3g} ms"
+            return f"{time_text(p50)} (p99 {time_text(p99)})"
         rate = f"{median(map(self.speed, slices)) / 1e9:.3g} GB/s"
-        if self.op != "write":
-            return rate
-        return f"{rate} ({median(s['p50_us'] for s in slices):.3g} us)"
+        return f"{rate} ({time_text(p50)})" if self.op == "write" else rate
+
+
+NOTES = """\
+- Complete means complete at the target: llm-fabric `Transfer.wait`, NIXL DONE (UCX flushes),
+  Mooncake an acknowledgement of its TCP transport. Before anything was timed, each target verified
+  its bytes.
+- cold: 256 MiB are walked; otherwise memory is as small as the operation allows.
+- submit: the call or calls that begin the transfer. On one host llm-fabric and NIXL copy all or part
+  of the bytes in them.
+- roundtrip: llm-fabric counts a write's immediate; NIXL sends a notification after the transfer;
+  Mooncake has none but a message to the peer's handshake port. The peers poll for theirs.
+- Without NIXL's progress thread both its processes poll all the time, as they must; with it the
+  threads do, and are stopped while others have their turns. llm-fabric's target sleeps where it is
+  not said to poll.
+- The peers' memory is numpy's, which has huge pages where the kernel gives some; llm-fabric's comes
+  from `alloc`, without."""
+
+
+def time_text(microseconds: float | None) -> str:
+    """Return a time of three digits, with its unit."""
+    if microseconds is None:
+        return "?"
+    if microseconds < 1e3:
+        return f"{microseconds:.3g} us"
+    return f"{microseconds / 1e3:.3g} ms"
 
 
 CASES = [
@@ -212,8 +239,10 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of a turn (0.3)")
     parser.add_argument("--quick", action="store_true", help="3 turns of 0.1 s")
     options = parser.parse_args(args)
-    options.rounds = options.rounds or (3 if options.quick else 9)
-    options.seconds = options.seconds or (0.1 if options.quick else 0.3)
+    if options.rounds is None:
+        options.rounds = 3 if options.quick else 9
+    if options.seconds is None:
+        options.seconds = 0.1 if options.quick else 0.3
     if options.rounds < 1 or not 0 < options.seconds <= 60:
         parser.error("--rounds from 1, --seconds above 0 and up to 60 are needed")
     options.cases = {field: [] for field in FIELDS}
@@ -241,6 +270,7 @@ def main() -> int:
     for field, cases in options.cases.items():
         if cases:
             records += bench(field, cases, options)
+    print("\n" + NOTES)
     print(f"\nLoad average at the end: {' '.join(f'{x:.2f}' for x in os.getloadavg())}")
     if options.json:
         options.json.write_text(json.dumps({"machine": where, "records": records}, indent=1))

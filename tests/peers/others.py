@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+QUIET_PROCESSORS = 0.1
+"""What others may keep busy, on average: more disturbs."""
+LOOK_SECONDS = 0.3
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -44,3 +47,13 @@ class Others:
         """Return their number so far."""
         (before, past), (now, present) = self.begin, self.readings()
         return max(0.0, present - past) / max(now - before, TICK)
+
+
+def wait_for_quiet(pids: Iterable[int], seconds: float) -> None:
+    """Wait until others are quiet, so long at most."""
+    end, pids = time.monotonic() + seconds, list(pids)
+    while time.monotonic() < end:
+        others = Others(pids)
+        time.sleep(LOOK_SECONDS)
+        if others.processors() <= QUIET_PROCESSORS:
+            return

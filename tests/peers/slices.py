@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from others import Others
+from others import QUIET_PROCESSORS, Others, wait_for_quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,10 +22,11 @@ READY_SECONDS = 60
 RUN_SECONDS = 30
 """What a slice may take beyond the seconds that were asked for."""
 END_SECONDS = 15
-QUIET_PROCESSORS = 0.1
-"""A round in which others kept more processors busy than this is repeated."""
+QUIET_SECONDS = 60
+"""How long a round waits for others to be quiet."""
 ATTEMPTS = 4
-"""Of each round, on average; then the rounds that were disturbed the least are taken."""
+"""Of each round, on average: one in which others were not quiet is played again. At the end those
+that were disturbed the least are taken."""
 
 
 class Failed(Exception):
@@ -147,7 +148,9 @@ def guarded(process: Process) -> Iterator[None]:
 
 def take_turns(processes: Sequence[Process], seconds: float) -> tuple[float, list[dict[str, Any]]]:
     """Run a slice of each; returns the processors of others, and what each of them did."""
-    others = Others(pid for process in processes for pid in process.pids)
+    pids = [pid for process in processes for pid in process.pids]
+    wait_for_quiet(pids, QUIET_SECONDS)
+    others = Others(pids)
     results: list[dict[str, Any]] = []
     for process in processes:
         with guarded(process):
