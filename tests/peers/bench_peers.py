@@ -122,8 +122,8 @@ NOTES = """\
   Mooncake an acknowledgement of its TCP transport. Before anything was timed, each target verified
   its bytes.
 - cold: 256 MiB are walked; otherwise memory is as small as the operation allows.
-- submit: the call or calls that begin the transfer. On one host llm-fabric and NIXL copy all or part
-  of the bytes in them.
+- submit: the call or calls that begin the transfer. On one host llm-fabric and NIXL copy all or
+  part of the bytes in them.
 - roundtrip: llm-fabric counts a write's immediate; NIXL sends a notification after the transfer;
   Mooncake has none but a message to the peer's handshake port. The peers poll for theirs.
 - Without NIXL's progress thread both its processes poll all the time, as they must; with it the
