@@ -112,7 +112,9 @@ class Case:
             for key in ("p50_us", "p99_us")
         )
         if self.by_time:
-            return f"{time_text(p50)} (p99 {time_text(p99)})"
+            mean = median(s["seconds"] / s["iters"] * 1e6 for s in slices)
+            more = f"mean {time_text(mean)}, " if self.op == "roundtrip" else ""
+            return f"{time_text(p50)} ({more}p99 {time_text(p99)})"
         rate = f"{median(map(self.speed, slices)) / 1e9:.3g} GB/s"
         return f"{rate} ({time_text(p50)})" if self.op == "write" else rate
 
