@@ -65,6 +65,9 @@ sanitize: setup ## Python tests under ASan and UBSan, closing under valgrind (AR
 fuzz: setup ## libFuzzer on what peers and strangers may send (SECONDS=60 of each target)
 	@$(TOOLS) scripts/fuzz $(or $(SECONDS),60)
 
+bench: setup ## the project's targets, each beside what it is measured against (a quiet machine, 3 minutes)
+	@.venv/bin/fabric bench --targets
+
 bench-peers: setup ## beside NIXL and Mooncake, on this machine, by turns (about 13 minutes; ARGS="--help")
 	@scripts/peers
 	@.venv/bin/python tests/peers/bench_peers.py $(ARGS)

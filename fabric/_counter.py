@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 UNIT: int = lib.FAB_PIECE_UNIT
 TARGET_MAX = U64_MAX // UNIT
+FIRST_NS = 10_000_000
+"""How long a wait for one counter takes the shortest way; most are over by then."""
 _reached = lib.fab_counter_reached
+_await = lib.fab_counter_await
 Peers: TypeAlias = Iterable[Peer] | Peer | None
 
 
@@ -165,13 +168,17 @@ class ImmCounter(_Cells):
             PeerUnreachable, FencePending: one of `peers` is gone; it may still be inside a write.
             InvalidArgument: a negative target, or the counter is closed.
         """
-        if (
-            type(target) is int
-            and 0 <= target <= TARGET_MAX
-            and self._final is None
-            and _reached(self._core.ptr, self._cell, target)
-        ):
-            return  # it is so already
+        if type(target) is int and 0 <= target <= TARGET_MAX and self._final is None:
+            core = self._core
+            if _reached(core.ptr, self._cell, target):
+                return  # it is so already
+            limit = nanoseconds("timeout", timeout)
+            if peers is None and limit:
+                first = FIRST_NS if limit < 0 or limit > FIRST_NS else limit
+                if _await(core.ptr, self._handle, target, first) == 0:
+                    return
+                if limit > 0:
+                    timeout = (limit - first) / 1e9
         goal = integer("target", target, 0, TARGET_MAX)
         code = self._wait((goal,), timeout, peers, ffi.NULL)
         if code == lib.FAB_E_TIMEOUT:

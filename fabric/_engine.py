@@ -422,9 +422,7 @@ class TransferEngine:
             if type(imm) is not int or not 0 <= imm <= IMM_MAX:
                 imm = immediate(imm)
             limit = 0 if deadline is None else deadline_ns(deadline)
-            handle = _write(
-                core.ptr, source, src_offset, remote, dst_offset, length, imm, limit, 0
-            )
+            handle = _write(core.ptr, source, src_offset, remote, dst_offset, length, imm, limit, 0)
             if handle < 0:
                 args = (source, src_offset, remote, dst_offset, length, imm, limit)
                 handle = self._again(_write, args, timeout, handle)

@@ -72,8 +72,8 @@ VARIABLES = (
     Variable(
         "FABRIC_LOCAL_CACHE",
         "16777216",
-        "bytes of destinations that `local` takes to be in the cache still (0 to 2**30): larger copies"
-        " to other places go past it",
+        "bytes of destinations that `local` takes to be in the cache still (0 to 2**30): larger"
+        " copies to other places go past it",
     ),
     Variable(
         "FABRIC_EFA_ALLOW_EMULATED",

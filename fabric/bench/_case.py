@@ -17,13 +17,13 @@ OPS = {
     "barrier": "an immediate there and one back",
     "imm": "an immediate without bytes for each call",
     "latency": "BYTES with an immediate there, and the same back",
-    "submit": "as pages (write, where PAGES is 1), waiting for each: look at the cost of submitting",
+    "submit": "as pages (write, where PAGES is 1): look at the cost of submitting",
     "messages": "a message of BYTES for each call",
 }
 """Operations, and what one iteration of each is."""
 
 ROUND_TRIPS = ("barrier", "latency")
-ONE_WAY = ("write", "pages", "scatter", "imm", "submit")
+VERIFIED = ("write", "pages", "scatter", "submit")
 MAX_BYTES = 1 << 34
 MAX_WALK = 1 << 36
 MAX_WINDOW = 4096
@@ -41,7 +41,7 @@ class Case:
         window: calls under way at once.
         walk: bytes of the buffers that calls go through in turn; as large as one call at least,
             which is what it means when it is 0.
-        check: verify the receiver's memory, and never overwrite what was not verified.
+        check: verify what was written to the receiver, by write, pages, scatter and submit.
 
     Raises:
         InvalidArgument: a value outside of its limits.

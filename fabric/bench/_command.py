@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("host", nargs="?", help="server to measure against; none: be the server")
     parser.add_argument("--loopback", action="store_true", help="start both on this machine")
     parser.add_argument("--targets", action="store_true", help="check the project's own targets")
-    parser.add_argument("--port", type=int, default=PORT, help="of the server (default %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="of the server (default %(default)s)"
+    )
     parser.add_argument("--op", default="write", choices=list(OPS), metavar="OP", help=ops)
     parser.add_argument("--provider", default="auto", help="as TransferEngine takes it")
     parser.add_argument("--lanes", type=int, default=0, help="NICs to open (default: its choice)")
@@ -74,9 +76,7 @@ def run(options: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     if problem:
         fail(problem)
     try:
-        settings = Set(
-            options.provider, options.lanes, options.spin_us, foreign=options.foreign
-        )
+        settings = Set(options.provider, options.lanes, options.spin_us, foreign=options.foreign)
         if not options.host and not options.loopback:
             return _serve(settings, options.port)
         cases = _cases(options)
@@ -172,7 +172,11 @@ def _baseline(options: argparse.Namespace, case: Case) -> Program | None:
     op = {"write": "write", "pages": "pages", "latency": "roundtrip"}.get(case.op)
     local = options.provider in ("auto", "local")
     sizes = {"pages": case.call_pages, "walk": case.size}
-    if op is None or (local and op == "roundtrip") or options.provider not in ("auto", "local", "tcp"):
+    if (
+        op is None
+        or (local and op == "roundtrip")
+        or options.provider not in ("auto", "local", "tcp")
+    ):
         return None
     if local:
         return raw("memcpy", op, case.nbytes, **sizes)
@@ -190,11 +194,14 @@ def _measure(options: argparse.Namespace, cases: list[Case], prepare: Run) -> in
         progress.show("")
         print_row(row, sys.stdout)
         rows.append(row)
+        if row.failure:  # the count of what failed is void: nothing can be measured after it
+            print(f"fabric bench: {row.failure}", file=sys.stderr)
+            break
     if options.json:
         write_json(options.json, head, rows)
     if options.plot:
         plot(options.plot, head, rows)
-    return 0
+    return 1 if rows[-1].failure else 0
 
 
 def _row(options: argparse.Namespace, case: Case, prepare: Run, progress: Progress) -> Row:
@@ -205,13 +212,17 @@ def _row(options: argparse.Namespace, case: Case, prepare: Run, progress: Progre
     seconds = options.duration / SLICES
     ours: list[Result] = []
     theirs: list[Result] = []
+    failure = ""
     try:
         for index in range(SLICES):
             progress.show(f"{case.op} {case.nbytes} bytes: slice {index + 1} of {SLICES}")
             ours.append(run_ours(seconds, 0))
             if baseline is not None:
                 theirs.append(baseline.run(seconds))
+    except FabricError as error:
+        ours.append(Result(errors=1))
+        failure = str(error)
     finally:
         if baseline is not None:
             baseline.close()
-    return Row(case, ours, theirs, baseline.about if baseline else "")
+    return Row(case, ours, theirs, baseline.about if baseline else "", failure)

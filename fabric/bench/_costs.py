@@ -7,13 +7,15 @@ import dataclasses
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._engine import TransferEngine
-from .._transfer import Transfer
 from ._result import microseconds
+
+if TYPE_CHECKING:
+    from .._transfer import Transfer
 
 CALLS = 5000
 ROUNDS = 9

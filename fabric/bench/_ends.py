@@ -1,22 +1,24 @@
-"""What client and server have in common: an engine, its memory, and what the other side needs of it."""
+"""What client and server have in common: an engine, its memory, and what the other side needs."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._counter import ImmCounter
 from .._descriptor import Descriptor
 from .._engine import TransferEngine
 from .._errors import FabricError, InvalidArgument
-from .._memory import MemoryRegion
 from .._nics import list_nics
 from .._peer import Address
 from ._case import Case, paint
+
+if TYPE_CHECKING:
+    from .._counter import ImmCounter
+    from .._memory import MemoryRegion
 
 
 @dataclasses.dataclass(frozen=True)

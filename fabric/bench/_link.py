@@ -73,7 +73,9 @@ class Link:
         if kind == "failed":
             raise FabricError(f"the other side failed: {str(fields.get('why'))[:500]}")
         if kind not in kinds:
-            raise WireError(f"the other side sent {str(kind)[:50]!r}; expected {' or '.join(kinds)}")
+            raise WireError(
+                f"the other side sent {str(kind)[:50]!r}; expected {' or '.join(kinds)}"
+            )
         return dict(fields)
 
     def _read(self, count: int) -> bytes:

@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .._errors import FabricError
-from ._case import Case
 from ._client import Client
 from ._ends import Set
 from ._link import Link
-from ._result import Result
 from ._server import Server
+
+if TYPE_CHECKING:
+    from ._case import Case
+    from ._result import Result
 
 END_SECONDS = 10.0
 """How long the child may take to end."""

@@ -42,7 +42,11 @@ class Program:
             )
         except OSError as error:
             raise FabricError(f"cannot start {command[0]}: {error}") from None
-        self.about = str(self._answer()["ready"])
+        try:
+            self.about = str(self._answer()["ready"])
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Program:
         return self
@@ -99,14 +103,13 @@ class Program:
                 return dict(json.loads(line))
             except ValueError:
                 raise FabricError(f"not an answer: {line[:200]!r}") from None
-        self._process.wait(END_SECONDS)
         assert self._process.stderr is not None
         why = self._process.stderr.read().strip().splitlines()
         raise FabricError(why[-1] if why else f"it ended with status {self._process.returncode}")
 
 
 def raw(kind: str, op: str, nbytes: int, **options: Any) -> Program:
-    """Start one of our programs without an engine (``memcpy``, ``ofi``) or without Python (``engine``).
+    """Start one of our programs: without an engine (memcpy, ofi), or without Python (engine).
 
     Args:
         kind: the program.

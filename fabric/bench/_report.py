@@ -9,13 +9,15 @@ import pathlib
 import platform
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .. import __version__
 from .._errors import FabricError
 from .._native import ffi, lib
-from ._case import Case
 from ._result import Result, total
+
+if TYPE_CHECKING:
+    from ._case import Case
 
 COLUMNS = (
     ("bytes", 10),
@@ -41,12 +43,14 @@ class Row:
         slices: of ours.
         baseline: of the baseline, one for each of ours; empty: there is none.
         named: what the baseline is.
+        failure: why the row ended early; empty: it did not.
     """
 
     case: Case
     slices: Sequence[Result]
     baseline: Sequence[Result] = ()
     named: str = ""
+    failure: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -67,6 +71,7 @@ class Row:
             "baseline": [one.facts() for one in self.baseline],
             "baseline_is": self.named or None,
             "ratio": self.ratio,
+            "failure": self.failure or None,
         }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .._engine import TransferEngine
 from .._errors import FabricError, WaitTimeout
-from .._transfer import Transfer
-from ._case import ROUND_TRIPS, Case, wrong_pages
+from ._case import ROUND_TRIPS, VERIFIED, Case, wrong_pages
 from ._ends import End, Set
 from ._link import Link
+
+if TYPE_CHECKING:
+    from .._engine import TransferEngine
+    from .._transfer import Transfer
 
 NEVER = 1 << 40
 """A count that no case reaches."""
@@ -127,7 +129,7 @@ class Activity:
             return
 
     def finish(self, message: dict[str, Any]) -> int:
-        """Wait for all that the client did; returns how many pages are wrong, where that is checked.
+        """Wait for all that the client did; returns how many pages are found to be wrong.
 
         Raises:
             WaitTimeout: something that was acknowledged has not been counted.
@@ -139,5 +141,5 @@ class Activity:
                 self._seen += 1
             return 0
         end.counter.wait(ranges, timeout=END_SECONDS)
-        written = message["written"]
-        return wrong_pages(end.case, end.words(), written) if end.case.check and written else 0
+        checked = end.case.check and end.case.op in VERIFIED
+        return wrong_pages(end.case, end.words(), ranges) if checked else 0

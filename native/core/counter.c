@@ -606,6 +606,11 @@ int fab_counter_wait(fab_engine *e, int64_t counter, uint32_t offset, const uint
     return code;
 }
 
+int fab_counter_await(fab_engine *e, int64_t counter, uint64_t target, int64_t timeout)
+{
+    return fab_counter_wait(e, counter, 0, &target, 1, timeout, NULL, 0, NULL);
+}
+
 int64_t fab_watch_counter(fab_engine *e, int64_t queue, int64_t counter, uint32_t index,
                           uint64_t target, const int64_t *peers, uint32_t peer_count, uint64_t tag)
 {

@@ -373,6 +373,7 @@ static int worker_turn(struct fab_engine *e, bool napped)
  * copies to this thread, and to its cache. */
 static void linger(struct fab_engine *e)
 {
+    sched_yield(); /* a helper may want this CPU */
     for (int i = 0; i < GLANCES; i++) {
         relax();
         if (worth_a_turn(e) || atomic_load_explicit(&e->helped, memory_order_relaxed))
@@ -393,7 +394,7 @@ static void *worker_main(void *arg)
             last_work = 0; /* one quiet turn after the nap, then sleep */
         }
         if (worker_turn(e, helped)) {
-            last_work = fab_now();
+            last_work = helped ? 0 : fab_now();
         } else if (fab_now() - last_work < spin) {
             linger(e);
         } else if (!atomic_load_explicit(&e->helped, memory_order_acquire)) {

@@ -421,6 +421,8 @@ int64_t fab_counter_value(fab_engine *e, int64_t counter, uint32_t index);
 int fab_counter_wait(fab_engine *e, int64_t counter, uint32_t offset, const uint64_t *targets,
                      uint32_t count, int64_t timeout, const int64_t *peers, uint32_t peer_count,
                      uint8_t *missing);
+/* The same for the first counter alone, whoever counts. */
+int fab_counter_await(fab_engine *e, int64_t counter, uint64_t target, int64_t timeout);
 int fab_counter_close(fab_engine *e, int64_t counter);
 
 /* ---- messages ---- */
