@@ -1,0 +1,204 @@
+"""Short writes on `local` that are done before their submission returns: as good as any other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import fabric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAIT = 10.0
+SIZE = 1 << 20
+
+
+class Pair:
+    """Two engines of this process; the first one has written to the second, twice."""
+
+    def __init__(self) -> None:
+        self.a = fabric.TransferEngine("local", callbacks=True)
+        self.b = fabric.TransferEngine("local")
+        self.src, self.dst = self.a.alloc(SIZE), self.b.alloc(SIZE)
+        self.src.numpy()[:] = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
+        self.d = self.dst.descriptor
+        self.counter = self.b.counter()
+        self.count = 0
+        for _ in range(2):  # the first connects, the second one is timed
+            self.write(8)
+
+    def write(self, length: int = 8, **options: object) -> fabric.Transfer:
+        self.count += 1
+        imm = self.counter.id
+        t = self.a.write(self.src, self.d, length=length, imm=imm, **options)  # type: ignore[arg-type]
+        t.wait(WAIT)
+        self.counter.wait(self.count, WAIT)
+        return t
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    both = Pair()
+    yield both
+    both.a.close(5)
+    both.b.close(5)
+
+
+def at_once(submit: Callable[[], fabric.Transfer]) -> fabric.Transfer:
+    """Submit until that was done at once: the worker may have the lock, and one in 64 is timed."""
+    for _ in range(200):
+        t = submit()
+        if t._handle == 0:
+            return t
+        t.wait(WAIT)
+    raise AssertionError("none of 200 was done at submission")
+
+
+def test_such_a_transfer_is_done_in_every_way(pair: Pair) -> None:
+    t = at_once(pair.write)
+    assert t.done()
+    assert t.state == "done"
+    t.wait(0)
+    t.cancel()
+    assert t.state == "done"
+    assert "done" in repr(t)
+
+    async def awaited() -> None:
+        await t
+
+    asyncio.run(awaited())
+    called = threading.Event()
+    t.add_done_callback(lambda _: called.set())
+    assert called.wait(WAIT)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 63, 4096, 16383, 16384])
+def test_its_bytes_and_its_count(pair: Pair, length: int) -> None:
+    for offset in (0, 1, 4095):
+        pair.dst.numpy()[:] = 0
+
+        def submit(offset: int = offset) -> fabric.Transfer:
+            return pair.write(length, src_offset=offset, dst_offset=2 * offset)
+
+        at_once(submit)
+        got = pair.dst.numpy()
+        assert (got[2 * offset : 2 * offset + length] == pair.src.numpy()[offset:][:length]).all()
+        assert not got[: 2 * offset].any()
+        assert not got[2 * offset + length :].any()
+    assert pair.counter.value == pair.count
+
+
+def test_pages(pair: Pair) -> None:
+    rng = np.random.default_rng(2)
+    for page_bytes, n in ((8, 1024), (100, 1000), (4096, 64), (16384, 16), (1, 1)):
+        src = rng.permutation(SIZE // page_bytes)[:n].astype(np.int32)
+        dst = rng.permutation(SIZE // page_bytes)[:n].astype(np.int32)
+        pair.dst.numpy()[:] = 0
+
+        def submit(src: object = src, dst: object = dst, size: int = page_bytes) -> fabric.Transfer:
+            imm = pair.counter.id
+            pair.count += len(src)  # type: ignore[arg-type]
+            d = pair.dst.descriptor
+            return pair.a.write_pages(pair.src, d, src, dst, page_bytes=size, imm=imm)
+
+        at_once(submit)
+        pair.counter.wait(pair.count, WAIT)
+        whole = SIZE // page_bytes * page_bytes
+        expected = np.zeros(whole, np.uint8).reshape(-1, page_bytes)
+        expected[dst] = pair.src.numpy()[:whole].reshape(-1, page_bytes)[src]
+        assert (pair.dst.numpy()[:whole] == expected.ravel()).all()
+    assert pair.counter.value == pair.count
+
+
+def test_immediates(pair: Pair) -> None:
+    def submit() -> fabric.Transfer:
+        pair.count += 1
+        return pair.a.write_imm(pair.b.address, pair.counter.id)
+
+    for _ in range(2):
+        submit().wait(WAIT)
+    at_once(submit)
+    pair.counter.wait(pair.count, WAIT)
+    assert pair.counter.value == pair.count
+
+
+def test_it_counts_in_the_statistics(pair: Pair) -> None:
+    before, begun = pair.a.stats(), pair.count
+    for _ in range(500):
+        pair.write(100)
+    after = pair.a.stats()
+    assert pair.count - begun == 500
+    assert after.transfers_done - before.transfers_done == 500
+    assert after.tx_ranges - before.tx_ranges == 500
+    assert after.tx_bytes - before.tx_bytes == 50_000
+    assert after.transfers_live == 0
+    assert after.latency["write"].count - before.latency["write"].count == 500
+
+
+def test_bad_arguments_are_told_as_ever(pair: Pair) -> None:
+    at_once(pair.write)
+    d, imm = pair.dst.descriptor, pair.counter.id
+    pages = np.zeros(4, np.int32)
+    for bad in (SIZE, SIZE - 4, -1):
+        with pytest.raises(fabric.InvalidArgument):
+            pair.a.write(pair.src, d, src_offset=bad, length=8, imm=imm)
+        with pytest.raises(fabric.InvalidArgument):
+            pair.a.write(pair.src, d, dst_offset=bad, length=8, imm=imm)
+    for bad_page in (-1, SIZE // 8, 2**31 - 1):
+        wrong = pages.copy()
+        wrong[2] = bad_page
+        with pytest.raises(fabric.InvalidArgument, match="page"):
+            pair.a.write_pages(pair.src, d, wrong, pages, page_bytes=8, imm=imm)
+        with pytest.raises(fabric.InvalidArgument, match="page"):
+            pair.a.write_pages(pair.src, d, pages, wrong, page_bytes=8, imm=imm)
+    assert pair.counter.value == pair.count
+
+
+def test_a_region_that_was_deregistered_on_either_side(pair: Pair) -> None:
+    at_once(pair.write)
+    pair.b.deregister(pair.dst, timeout=WAIT)
+    with pytest.raises(fabric.TransferFailed, match="deregistered"):
+        pair.write()
+    other = pair.b.alloc(SIZE)
+    pair.a.write(pair.src, other.descriptor, length=8).wait(WAIT)
+    pair.a.deregister(pair.src, timeout=WAIT)
+    with pytest.raises(fabric.InvalidArgument):
+        pair.a.write(pair.src, other.descriptor, length=8)
+
+
+def test_after_a_fence_nothing_lands(pair: Pair) -> None:
+    at_once(pair.write)
+    pair.b.disconnect(pair.a.address, timeout=WAIT)
+    pair.dst.numpy()[:] = 0
+
+    def write_on() -> None:
+        for _ in range(100):
+            pair.a.write(pair.src, pair.d, length=8).wait(WAIT)
+
+    with pytest.raises(fabric.TransferFailed):
+        write_on()
+    assert not pair.dst.numpy().any()
+
+
+def test_threads_that_write_at_once(pair: Pair) -> None:
+    """Those that find the lock taken go the ordinary way; nothing is lost or counted twice."""
+    each, threads = 2000, 4
+    d, imm = pair.dst.descriptor, pair.counter.id
+
+    def run() -> None:
+        for k in range(each):
+            pair.a.write(pair.src, d, length=64, src_offset=64 * k, imm=imm)
+
+    group = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in group:
+        thread.start()
+    for thread in group:
+        thread.join()
+    pair.counter.wait(pair.count + each * threads, WAIT)
+    assert pair.counter.value == pair.count + each * threads
+    assert pair.a.stats().transfers_live == 0
