@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Loopback:
 
     def __init__(self, near: Set, far: Set | None = None) -> None:
         ours, theirs = socket.socketpair()
+        self._cpus = os.sched_getaffinity(0)  # `near` may change them for this process
         self._client: Client | None = None
         with theirs:
             self._child = subprocess.Popen(
@@ -92,6 +94,7 @@ class Loopback:
 
     def _stop(self) -> None:
         self._link.close()
+        os.sched_setaffinity(0, self._cpus)
         try:
             self._child.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
