@@ -107,13 +107,22 @@ def test_a_plot(tmp_path: pathlib.Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def heed_ctrl_c() -> None:
+    """Whoever runs in the background of a shell ignores it, and so do the children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
     command = [sys.executable, "-m", "fabric", "bench", "--provider", "local"]
     with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         assert process.stdout is not None

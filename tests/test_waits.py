@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 import fabric
@@ -101,15 +102,24 @@ def test_cancel_in_the_middle(farm: Farm) -> None:
     with pytest.raises(fabric.TransferCancelled):
         a.call(cancel_the_last, descriptor, imm)
     with pytest.raises(fabric.CounterVoid):
-        b.wait("count", 17, 10.0)
+        b.wait("count", 16 + CANCELLED_PAGES, 10.0)
     assert b.call(commands.changes, "dst", 0.3) == ""
     still_works(a, b)
 
 
+CANCELLED_PAGES = 4096
+"""More than any lane takes at once: those that it has taken are written, and counted."""
+
+
 def cancel_the_last(node: State, descriptor: bytes, imm: int) -> None:
     """Begin many large writes, cancel the last, and wait for all; the last one raises."""
-    remote = fabric.Descriptor.from_bytes(descriptor)
-    transfers = [node.engine.write(node.things["src"], remote, imm=imm) for _ in range(16)]
+    remote, source = fabric.Descriptor.from_bytes(descriptor), node.things["src"]
+    transfers = [node.engine.write(source, remote, imm=imm) for _ in range(15)]
+    pages = np.arange(CANCELLED_PAGES, dtype=np.int32)
+    size = source.nbytes // CANCELLED_PAGES
+    transfers.append(
+        node.engine.write_pages(source, remote, pages, pages, page_bytes=size, imm=imm)
+    )
     transfers[-1].cancel()
     for transfer in transfers[:-1]:
         transfer.wait(timeout=30.0)

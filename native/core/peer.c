@@ -29,13 +29,18 @@ bool fab_peer_waited_for(const struct fab_peer *p)
            (last && p->engine->now - last < FAB_WAIT_GRACE_NS);
 }
 
-bool fab_peer_has_business(const struct fab_peer *p)
+bool fab_peer_has_work(const struct fab_peer *p)
 {
     uint32_t state = atomic_load_explicit(&p->state, memory_order_relaxed);
     return state == FAB_P_CONNECTING || state == FAB_P_FENCING || p->queue.head ||
            p->inflight.head || p->sending.head || p->sent.head || p->grants_open || p->void_count ||
            p->due_quiesce || p->quiesce_open || p->ending || p->in_doubt ||
-           fab_lanes_have_business(p) || fab_peer_waited_for(p);
+           fab_lanes_have_business(p);
+}
+
+bool fab_peer_has_business(const struct fab_peer *p)
+{
+    return fab_peer_has_work(p) || fab_peer_waited_for(p);
 }
 
 /* A peer that nothing refers to and that has no session makes room for a new one. */

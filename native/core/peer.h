@@ -33,6 +33,9 @@ bool fab_peer_any_overflowed(struct fab_engine *e);
 void fab_peer_busy(struct fab_peer *peer);
 /* A wait depends on it, or did a moment ago. */
 bool fab_peer_waited_for(const struct fab_peer *peer);
+/* Something of ours or of its is under way. */
+bool fab_peer_has_work(const struct fab_peer *peer);
+/* That, or somebody waits for what it may do. */
 bool fab_peer_has_business(const struct fab_peer *peer);
 
 bool fab_barred(const struct fab_engine *e, const uint8_t *id);

@@ -24,6 +24,7 @@
 #define GLANCES 64    /* between two turns of a worker that finds nothing */
 #define BUSY_SLEEP_NS NS_PER_MS /* how soon to retry what a provider would not take */
 #define IDLE_TICK_NS (2 * FAB_TICK_NS) /* between ticks while nothing else happens */
+#define WAITING_TICK_NS (8 * FAB_TICK_NS)
 #define HELPER_ARM_TRIES 8
 #define GIVE_WAY_NS \
     (50 * NS_PER_MS) /* how long the worker lets somebody else have the lock first */
@@ -289,6 +290,26 @@ static bool any_business(struct fab_engine *e)
     return any;
 }
 
+static bool any_work(const struct fab_engine *e)
+{
+    bool any = e->newcomer_count || e->dropped_count;
+    uint32_t touched = atomic_load_explicit(&e->peers.touched, memory_order_acquire);
+    for (uint32_t i = 0; i < touched && !any; i++) {
+        const struct fab_peer *p = fab_slot_at(&e->peers, i);
+        any = fab_slot_live(p) && fab_peer_has_work(p);
+    }
+    return any;
+}
+
+/* Until the next tick. Where others are only waited for it is there to notice that they are silent. */
+static int64_t tick_in(const struct fab_engine *e)
+{
+    int64_t ns = e->config.peer_timeout_ns / 64;
+    if (ns < IDLE_TICK_NS || any_work(e))
+        return IDLE_TICK_NS;
+    return ns < WAITING_TICK_NS ? ns : WAITING_TICK_NS;
+}
+
 /* With the lock. How long the worker may sleep; 0: not at all. */
 static int64_t prepare_sleep(struct fab_engine *e)
 {
@@ -298,7 +319,7 @@ static int64_t prepare_sleep(struct fab_engine *e)
         atomic_store_explicit(&e->worker_state, FAB_AWAKE, memory_order_seq_cst);
         return 0;
     }
-    return e->busy ? BUSY_SLEEP_NS : any_business(e) ? IDLE_TICK_NS : -1;
+    return e->busy ? BUSY_SLEEP_NS : any_business(e) ? tick_in(e) : -1;
 }
 
 static void block(struct fab_engine *e, int64_t ns)
