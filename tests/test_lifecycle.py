@@ -324,9 +324,8 @@ def test_a_view_outlives_its_region(pair: Pair) -> None:
     assert a.call(look_after_deregister) == "good"
 
 
-@pytest.mark.only(
-    "local", "tcp", "efa"
-)  # torch takes a minute to be imported in the SoftRoCE guest
+# torch takes a minute to be imported in the SoftRoCE guest
+@pytest.mark.only("local", "tcp", "efa", "efa-4", "efa-old")
 def test_tensors_and_arrays_of_a_region(farm: Farm, torch: tuple[str, ...]) -> None:
     a = farm("a", modules=torch)
     assert a.call(views_of_a_region) == [77, 77, 77]
