@@ -144,6 +144,8 @@ class Transfer:
         return "cancelled" if code == lib.FAB_E_CANCELLED else "failed"
 
     def __repr__(self) -> str:
+        if self._handle == _DONE:
+            return "<Transfer done>"
         info = ffi.new("fab_transfer_info *")
         if lib.fab_transfer_get_info(self._core.ptr, self._handle, info) < 0:
             failure = self._failure

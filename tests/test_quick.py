@@ -202,3 +202,36 @@ def test_threads_that_write_at_once(pair: Pair) -> None:
     pair.counter.wait(pair.count + each * threads, WAIT)
     assert pair.counter.value == pair.count + each * threads
     assert pair.a.stats().transfers_live == 0
+
+
+def moved(descriptor: fabric.Descriptor, address: int) -> fabric.Descriptor:
+    """Return a descriptor whose keys begin elsewhere, as one that was tampered with."""
+    copy = fabric.Descriptor.from_bytes(bytes(descriptor))
+    copy._keys = tuple((address, rkey) for _, rkey in copy._keys)
+    copy._bytes = None
+    return fabric.Descriptor.from_bytes(bytes(copy))
+
+
+@pytest.mark.parametrize("page", [0, 1, 3, 1000])
+@pytest.mark.parametrize("address", [SIZE - 64, SIZE, SIZE + 4096, 2**64 - 64])
+def test_keys_that_were_tampered_with_reach_nothing(pair: Pair, address: int, page: int) -> None:
+    """Wherever they say that page 0 lies: no page beyond the mapping is written, or counted."""
+    evil = moved(pair.d, address)
+    src, dst = np.zeros(1, np.int32), np.full(1, page, np.int32)
+    pair.dst.numpy()[:] = 0
+    place = (address + 64 * page) % 2**64  # addresses wrap, into what may be written anyway
+    legal = place <= SIZE - 64
+    for deadline in (None, 60.0):  # at once, and the ordinary way
+        t = pair.a.write_pages(
+            pair.src, evil, src, dst, page_bytes=64, imm=pair.counter.id, deadline=deadline
+        )
+        if legal:
+            t.wait(WAIT)
+            pair.count += 1
+            pair.counter.wait(pair.count, WAIT)
+            continue
+        with pytest.raises(fabric.TransferFailed):
+            t.wait(WAIT)
+    assert pair.counter.value == pair.count
+    written = pair.dst.numpy().nonzero()[0]
+    assert len(written) == 0 or (legal and place <= written[0] and written[-1] < place + 64)

@@ -127,13 +127,14 @@ static int64_t reach(const int32_t *pages, uint32_t count)
     return low < 0 ? -1 : high;
 }
 
+/* Within `limit`; *span: the bytes from page 0's first to the furthest page's last. */
 static bool all_fit(const int32_t *pages, uint32_t count, uint64_t stride, uint64_t offset,
-                    uint64_t length, uint64_t limit)
+                    uint64_t length, uint64_t limit, uint64_t *span)
 {
     int64_t high = reach(pages, count);
     uint64_t last;
     return high >= 0 && !__builtin_mul_overflow((uint64_t)high, stride, &last) &&
-           !__builtin_add_overflow(last, offset, &last) && fits(last, length, limit);
+           !__builtin_add_overflow(last, length, span) && fits(offset, *span, limit);
 }
 
 static bool pages_now(struct fab_engine *e, const struct ends *ends, const struct fab_pages *p)
@@ -163,11 +164,12 @@ bool fab_quick_pages(struct fab_engine *e, const struct fab_page_write *w)
     memcpy(to, w->to, sizeof *to * w->count);
     if (!fab_trylock_soon(e))
         return false;
-    bool done = find_ends(e, w->region, w->remote, &ends) &&
-                all_fit(from, w->count, w->src_stride, w->src, w->bytes, ends.region->length) &&
-                all_fit(to, w->count, w->dst_stride, w->dst, w->bytes, ends.import->length) &&
-                begin_at(&ends, w->src, w->dst, w->bytes, w->imm, &p.first) &&
-                pages_now(e, &ends, &p);
+    bool done =
+        find_ends(e, w->region, w->remote, &ends) &&
+        all_fit(from, w->count, w->src_stride, w->src, w->bytes, ends.region->length,
+                &p.src_span) &&
+        all_fit(to, w->count, w->dst_stride, w->dst, w->bytes, ends.import->length, &p.dst_span) &&
+        begin_at(&ends, w->src, w->dst, w->bytes, w->imm, &p.first) && pages_now(e, &ends, &p);
     fab_unlock(e);
     return done;
 }

@@ -4,7 +4,8 @@
  * Contract
  * - True: the range is at the receiver, and counted there if it was to be. There never was a transfer:
  *   no handle, nothing to wait for, nothing that can fail later.
- * - False: nothing was done and no error is set. Something is not as usual (no session, no grant, work
+ * - False: nothing was done (where a lane broke meanwhile, some pages were written and none counted)
+ *   and no error is set. Something is not as usual (no session, no grant, work
  *   that goes first, a bad argument, the progress lock is taken, a trace, the 1 of 64 that is timed),
  *   and the caller submits in the ordinary way, which knows what to do or say.
  * - Regions, imports and peers are looked up under the progress lock, and are given up under it: none

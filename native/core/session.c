@@ -199,9 +199,11 @@ static void take_leftovers(struct fab_peer *p)
 {
     for (uint32_t k = 0; k < p->lane_count; k++) {
         struct fab_nic *nic = p->lanes[k] ? p->lanes[k]->nic : NULL;
-        for (int i = 0; nic && i < DRAIN_POLLS; i++)
+        for (int i = 0; nic && i < DRAIN_POLLS; i++) {
+            nic->now = fab_now(); /* this may be the submission of somebody, and no turn */
             if (nic->provider->poll(nic, FAB_EVENTS_PER_TURN) <= 0)
                 break;
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 /* Copies on one host: past the cache, where that is faster.
  *
  * Contract
- * - fab_local_copy() copies one to LOCAL_SPANS spans of equal length that do not overlap. What it
- *   stored is published by the next release store of the same thread, as after memcpy().
+ * - fab_local_copy() copies one to LOCAL_SPANS spans of equal length. Where destinations overlap, parts
+ *   of each may be seen: writes have no order. What it stored is published by the next release store of the same thread, as after memcpy().
  * - A call of LOCAL_BULK bytes or more whose destination was not written lately stores past the
  *   cache: a cache line that is to be overwritten as a whole need not be read first. It goes through
  *   four places in turns, as a memory channel serves several streams better than one.

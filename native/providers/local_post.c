@@ -295,12 +295,23 @@ static uint32_t copy_pages(struct local_lane *lane, const struct fab_pages *p, u
     return end - begin;
 }
 
+/* The furthest page as well: where page 0 lies was said by the peer, or by whoever made the
+ * descriptor. */
+static bool are_sound(const struct fab_pages *p)
+{
+    const struct fab_wr *wr = &p->first;
+    if (!is_sound(wr))
+        return false;
+    uint64_t at = (uint64_t)((uintptr_t)wr->src - (uintptr_t)wr->mr->base);
+    return p->dst_span <= wr->remote->length - wr->addr && p->src_span <= wr->mr->length - at;
+}
+
 bool fab_local_pages_now(struct fab_lane *base, const struct fab_pages *p)
 {
     struct local_lane *lane = (struct local_lane *)base;
     const struct fab_wr *wr = &p->first;
     if (lane->fault || lane->closing || !lane->ready || lane->head != lane->tail || is_pull(wr) ||
-        !is_sound(wr) || wr->length > LOCAL_CHUNK || ((wr->flags & FAB_WR_IMM) && !has_room(lane)))
+        !are_sound(p) || wr->length > LOCAL_CHUNK || ((wr->flags & FAB_WR_IMM) && !has_room(lane)))
         return false;
     for (uint32_t done = 0, n; done < p->count; done += n) {
         n = copy_pages(lane, p, done);
