@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_bench_arguments(bench)
     options = parser.parse_args(argv)
     if options.command == "bench":
-        return run_bench(options, bench.error)
+        return run_bench(options, bench)
     if options.command == "doctor":
         return print_findings(examine_efa())
     if options.env:

@@ -170,7 +170,7 @@ class ImmCounter(_Cells):
         """
         if type(target) is int and 0 <= target <= TARGET_MAX and self._final is None:
             core = self._core
-            if _reached(core.ptr, self._cell, target):
+            if _reached(core.ptr, self._handle, self._cell, target):
                 return  # it is so already
             limit = nanoseconds("timeout", timeout)
             if peers is None and limit:

@@ -30,7 +30,8 @@ STATES = {
     lib.FAB_T_FAILED: "failed",
     lib.FAB_T_CANCELLED: "cancelled",
 }
-_DONE = lib.FAB_DONE
+_AT_ONCE = lib.FAB_DONE  # instead of a handle
+_DONE = 0
 _RUNNING = lib.FAB_E_TIMEOUT
 _DRAINING = lib.FAB_E_DRAINING
 _NOT_YET = (_RUNNING, _DRAINING)
@@ -55,7 +56,7 @@ class Transfer:
         self._dispatcher = dispatcher
         self._failure: dict[str, Any] | None = None
         self._outcome: int | None = None
-        if handle == _DONE:  # it was, before its submission returned: C knows nothing of it
+        if handle == _AT_ONCE:  # it was done before its submission returned: C knows nothing of it
             self._outcome = _DONE
         else:
             core.live[handle] = weakref.ref(self)
@@ -144,7 +145,7 @@ class Transfer:
         return "cancelled" if code == lib.FAB_E_CANCELLED else "failed"
 
     def __repr__(self) -> str:
-        if self._handle == _DONE:
+        if self._handle == _AT_ONCE:
             return "<Transfer done>"
         info = ffi.new("fab_transfer_info *")
         if lib.fab_transfer_get_info(self._core.ptr, self._handle, info) < 0:

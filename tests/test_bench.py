@@ -41,7 +41,7 @@ def bench(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def loopback() -> Iterator[Loopback]:
-    with Loopback(Set("local")) as both:
+    with contextlib.closing(Loopback(Set("local"))) as both:
         yield both
 
 
@@ -60,7 +60,7 @@ def test_every_op_runs_and_its_bytes_are_verified(loopback: Loopback, op: str) -
 
 
 def test_foreign_memory_is_measured_as_well() -> None:
-    with Loopback(Set("local"), Set("local", foreign=True)) as both:
+    with contextlib.closing(Loopback(Set("local"), Set("local", foreign=True))) as both:
         both.set_up(Case("pages", 16 * KIB, 32, walk=2 * KIB * KIB, check=True))
         assert both.run(SHORT).iters > 0
 
@@ -85,6 +85,7 @@ def test_rows_json_and_baseline(tmp_path: pathlib.Path) -> None:
         "--loopback", "--provider", "local", *sizes, "--duration", "0.3", "--json", str(path)
     )
     assert done.returncode == 0, done.stderr
+    assert "# baseline: memcpy() of one thread into shared memory" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if not line.startswith("#")]
     assert rows[0][:2] == ["bytes", "iters"]
     assert [row[0] for row in rows[1:]] == ["65536", "262144", "1048576"]
@@ -134,12 +135,12 @@ def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 def test_client_and_server_and_the_end_by_ctrl_c() -> None:
-    sizes = ("--minbytes", "64", "--maxbytes", "64", "--duration", "0.1", "--check")
+    sizes = ("--minbytes", "64", "--maxbytes", "64", "--duration", "0.1")
     with server() as (process, port):
         for op in ("scatter", "latency"):  # one client after the other
-            done = bench(
-                "localhost", "--port", str(port), "--provider", "local", "--op", op, *sizes
-            )
+            check = ("--check",) if op == "scatter" else ()
+            where = ("localhost", "--port", str(port), "--provider", "local")
+            done = bench(*where, "--op", op, *sizes, *check)
             assert done.returncode == 0, done.stderr
             assert done.stdout.splitlines()[-1].split()[0] == "64"
         process.send_signal(signal.SIGINT)
@@ -151,6 +152,16 @@ def test_a_client_that_speaks_something_else_does_not_end_the_server() -> None:
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             stranger.recv(1000)
+        for fields in (
+            {},
+            {"case": 7},
+            {"case": {"op": "write"}},
+            {"case": {"op": "write"}, "address": 1},
+        ):
+            data = msgpack.packb({"is": "case", "v": 1, **fields})
+            with socket.create_connection(("localhost", port)) as stranger:
+                stranger.sendall(struct.pack("<I", len(data)) + data)
+                assert b"failed" in stranger.recv(1000)
         sizes = ("--minbytes", "64", "--maxbytes", "64", "--duration", "0.1")
         done = bench("localhost", "--port", str(port), "--provider", "local", *sizes)
         assert done.returncode == 0, done.stderr
@@ -173,6 +184,13 @@ def test_a_client_that_speaks_something_else_does_not_end_the_server() -> None:
         (["--loopback", "--op", "messages", "--maxbytes", "131072"], "bytes is 131072"),
         (["--loopback", "--plot", "rows.jpg"], "must end in .png"),
         (["host", "--loopback"], "leave the host out"),
+        (["--targets", "--json", "rows.json"], "--json: no use to --targets"),
+        (["--op", "pages", "--check"], "--check, --op: no use to a server"),
+        (["host", "--foreign"], "--foreign: no use to a client"),
+        (["--loopback", "--pages", "5"], "--pages: no use to --op write"),
+        (["--loopback", "--op", "latency", "--window", "5"], "--window: no use to --op latency"),
+        (["--loopback", "--op", "imm", "--check"], "--check: no use to --op imm"),
+        (["--provider", "pigeon"], "pigeon"),
         (["--loopback", "--provider", "local", "--lanes", "5"], "5 lanes need as many NICs"),
         (["--loopback", "--provider", "pigeon"], "pigeon"),
     ],
@@ -243,7 +261,7 @@ def test_a_malformed_case_is_refused() -> None:
 def test_programs_without_python(kind: str, op: str) -> None:
     options = {} if kind == "memcpy" else {"provider": "local"}
     pages = 8 if op == "pages" else 1
-    with raw(kind, op, 4096, pages=pages, walk=1 << 20, **options) as program:
+    with contextlib.closing(raw(kind, op, 4096, pages=pages, walk=1 << 20, **options)) as program:
         assert program.about
         result = program.run(SHORT)
         assert result.nbytes == result.iters * pages * 4096 > 0
@@ -259,13 +277,20 @@ def test_the_loop_over_libfabric(op: str, monkeypatch: pytest.MonkeyPatch) -> No
         program = raw("ofi", op, 4096, pages=1 if op == "roundtrip" else 4, delivery=True)
     except FabricError as error:
         pytest.skip(str(error))
-    with program:
+    with contextlib.closing(program):
         assert program.run(SHORT).iters > 0
+
+
+def slow_program() -> None:
+    with contextlib.closing(raw("memcpy", "write", 4096)) as program:
+        program._answer(0.0)
 
 
 def test_programs_say_what_is_wrong() -> None:
     with pytest.raises(FabricError, match="engine: write pages imm roundtrip"):
         raw("memcpy", "teleport", 8)
+    with pytest.raises(FabricError, match="no answer within 0 s"):
+        slow_program()
     with pytest.raises(FabricError, match="cannot start /nonexistent"):
         Program(["/nonexistent"])
     done = subprocess.run([raw_program()], capture_output=True, text=True, check=False)

@@ -7,10 +7,9 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from .._errors import FabricError, InvalidArgument
-from ._case import MAX_BYTES, OPS, Case
+from ._case import MAX_BYTES, OPS, ROUND_TRIPS, VERIFIED, Case
 from ._client import Client
 from ._ends import Set
 from ._link import PORT, dial, listen
@@ -19,6 +18,7 @@ from ._program import Program, raw
 from ._report import Progress, Row, header, plot, print_header, print_row, write_json
 from ._result import Result
 from ._server import Server
+from ._targets import check_targets
 
 SLICES = 10
 """Runs of each row, between those of the baseline."""
@@ -61,20 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the rows")
 
 
-def run(options: argparse.Namespace, fail: Callable[[str], Any]) -> int:
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Do what was asked for; returns the exit status.
 
     Args:
         options: as `add_arguments` made them.
-        fail: told what is wrong with them; does not return.
+        parser: told what is wrong with them.
     """
-    if options.targets:
-        from ._targets import check_targets
-
-        return check_targets(options)
-    problem = _wrong(options)
+    problem = _unused(options, parser) or _wrong(options)
     if problem:
-        fail(problem)
+        parser.error(problem)
+    if options.targets:
+        return check_targets()
     try:
         settings = Set(options.provider, options.lanes, options.spin_us, foreign=options.foreign)
         if not options.host and not options.loopback:
@@ -83,7 +81,7 @@ def run(options: argparse.Namespace, fail: Callable[[str], Any]) -> int:
         with _contender(options, settings) as ours:
             return _measure(options, cases, ours)
     except InvalidArgument as error:
-        fail(str(error))
+        parser.error(str(error))
     except FabricError as error:
         print(f"fabric bench: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -91,12 +89,41 @@ def run(options: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     return 1
 
 
-def _wrong(options: argparse.Namespace) -> str | None:
+ENGINE = {"provider", "lanes", "spin_us"}
+PAGED = ("pages", "scatter", "submit")
+
+
+def _unused(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
+    """Return what was asked for and would have no effect here."""
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    given -= {"command"}
     if options.host and options.loopback:
         return "--loopback starts the server itself: leave the host out"
+    if options.targets:
+        useless, where = given - {"targets"}, "--targets"
+    elif options.loopback:
+        useless, where = given & {"port", "host"}, "--loopback"
+    elif options.host:
+        useless, where = given & {"foreign", "no_baseline"}, "a client"
+    else:
+        useless, where = (
+            given - ENGINE - {"port", "foreign"},
+            "a server, which does what clients ask",
+        )
+    if options.op not in PAGED and "pages" in given and not useless:
+        useless, where = {"pages"}, f"--op {options.op}"
+    if options.op in ROUND_TRIPS and "window" in given and not useless:
+        useless, where = {"window"}, f"--op {options.op}"
+    if options.op not in VERIFIED and options.check and not useless:
+        useless, where = {"check"}, f"--op {options.op}"
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+    return f"{names}: no use to {where}" if useless else None
+
+
+def _wrong(options: argparse.Namespace) -> str | None:
     for name, low, high in (
         ("stepfactor", 2, 1 << 20),
-        ("port", 0 if options.loopback else 1, 65535),
+        ("port", 1, 65535),
         ("lanes", 0, 32),
         ("warmup_iters", 0, 1 << 30),
         ("duration", 0.01, 86400),
@@ -122,13 +149,15 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     while low <= high:
         sizes.append(low)
         low *= options.stepfactor
-    pages = options.pages if options.op in ("pages", "scatter", "submit") else 1
+    pages = options.pages if options.op in PAGED else 1
     return [
         Case(options.op, size, pages, options.window, options.walk, options.check) for size in sizes
     ]
 
 
 def _serve(settings: Set, port: int) -> int:
+    with settings.open():  # what is wrong here is said now, not to the first client
+        pass
     with listen(port) as listener:
         where = f"port {listener.getsockname()[1]}"
         print(f"# serving on {where}; on another machine: fabric bench HOST", flush=True)
@@ -140,7 +169,7 @@ def _serve(settings: Set, port: int) -> int:
 def _contender(options: argparse.Namespace, settings: Set) -> Iterator[Run]:
     if options.loopback:
         near = Set(options.provider, options.lanes, options.spin_us)
-        with Loopback(near, settings) as loopback:
+        with contextlib.closing(Loopback(near, settings)) as loopback:
 
             def prepare(case: Case) -> Callable[[float, int], Result]:
                 loopback.set_up(case)
@@ -165,26 +194,34 @@ def _contender(options: argparse.Namespace, settings: Set) -> Iterator[Run]:
         link.close()
 
 
-def _baseline(options: argparse.Namespace, case: Case) -> Program | None:
-    """Return what the case is to be measured beside. None: nothing is known for it."""
-    if options.no_baseline or not options.loopback:
+BASELINES = {"local": "memcpy() of one thread into shared memory", "tcp": "a loop over libfabric"}
+RAW_OPS = {"write": "write", "pages": "pages", "latency": "roundtrip"}
+
+
+def _baseline_of(options: argparse.Namespace) -> str | None:
+    """Return the provider whose baseline runs in turns with ours. None: there is none."""
+    provider = "local" if options.provider == "auto" else options.provider
+    if options.no_baseline or not options.loopback or provider not in BASELINES:
         return None
-    op = {"write": "write", "pages": "pages", "latency": "roundtrip"}.get(case.op)
-    local = options.provider in ("auto", "local")
+    possible = ("write", "pages") if provider == "local" else tuple(RAW_OPS)
+    return provider if options.op in possible else None
+
+
+def _start_baseline(options: argparse.Namespace, case: Case) -> Program | None:
+    provider = _baseline_of(options)
+    if provider is None:
+        return None
     sizes = {"pages": case.call_pages, "walk": case.size}
-    if (
-        op is None
-        or (local and op == "roundtrip")
-        or options.provider not in ("auto", "local", "tcp")
-    ):
-        return None
-    if local:
-        return raw("memcpy", op, case.nbytes, **sizes)
-    return raw("ofi", op, case.nbytes, window=case.window, provider="tcp", delivery=True, **sizes)
+    if provider == "local":
+        return raw("memcpy", RAW_OPS[case.op], case.nbytes, **sizes)
+    more = {"window": case.window, "provider": provider, "delivery": True}
+    return raw("ofi", RAW_OPS[case.op], case.nbytes, **more, **sizes)
 
 
 def _measure(options: argparse.Namespace, cases: list[Case], prepare: Run) -> int:
     head = header(options.provider, "both" if options.loopback else f"client of {options.host}")
+    baseline = _baseline_of(options)
+    head["baseline"] = BASELINES[baseline] if baseline else None
     print_header(head, sys.stdout)
     rows: list[Row] = []
     progress = Progress()
@@ -208,7 +245,7 @@ def _row(options: argparse.Namespace, case: Case, prepare: Run, progress: Progre
     run_ours = prepare(case)
     if options.warmup_iters:
         run_ours(0.0, options.warmup_iters)
-    baseline = _baseline(options, case)
+    baseline = _start_baseline(options, case)
     seconds = options.duration / SLICES
     ours: list[Result] = []
     theirs: list[Result] = []

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,7 @@ WAIT_SECONDS = 10.0
 
 
 class Rig:
-    """Two engines on `local` in this process, and memory on both sides."""
+    """Two engines on `local` in this process, and memory on both sides. To be closed."""
 
     def __init__(self) -> None:
         self.near = TransferEngine("local")
@@ -37,15 +36,8 @@ class Rig:
         self.counter = self.far.counter()
         self.near.write(self.source, self.target.descriptor, length=8).wait(WAIT_SECONDS)
 
-    def __enter__(self) -> Rig:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close both engines."""
         self.near.close(1)
         self.far.close(1)
 
@@ -98,7 +90,9 @@ def _pages(rig: Rig, nbytes: int) -> list[float]:
         transfer.wait(WAIT_SECONDS)
         rig.far.progress()
 
-    call: Callable[[], Any] = lambda: write(source, d, pages, pages, page_bytes=nbytes, imm=imm)  # noqa: E731
+    def call() -> Transfer:
+        return write(source, d, pages, pages, page_bytes=nbytes, imm=imm)
+
     return rounds(call, drained)
 
 

@@ -15,6 +15,7 @@ from .._errors import FabricError, InvalidArgument
 from .._nics import list_nics
 from .._peer import Address
 from ._case import Case, paint
+from ._link import field
 
 if TYPE_CHECKING:
     from .._counter import ImmCounter
@@ -94,9 +95,9 @@ class End:
         Raises:
             WireError: it is malformed.
         """
-        self.address = Address.from_bytes(offer["address"])
-        self.far = Descriptor.from_bytes(offer["descriptor"])
-        self.far_id = offer["counter"]
+        self.address = Address.from_bytes(field(offer, "address", bytes))
+        self.far = Descriptor.from_bytes(field(offer, "descriptor", bytes))
+        self.far_id = field(offer, "counter", int)
 
     def words(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """Return the memory as 64-bit words."""

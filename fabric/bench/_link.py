@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -18,6 +18,9 @@ MAX_BYTES = 1 << 20
 """Of one map."""
 PATIENCE_SECONDS = 60.0
 """How long the other side may take for an answer."""
+IDLE_SECONDS = 3600.0
+"""How long a client may do something else, such as a baseline, before its server gives it up."""
+T = TypeVar("T")
 
 
 class Link:
@@ -38,8 +41,8 @@ class Link:
         return bool(select.select([self._socket], [], [], 0)[0])
 
     def patient(self) -> None:
-        """Wait for ever from now on."""
-        self._socket.settimeout(None)
+        """Wait for `IDLE_SECONDS` from now on."""
+        self._socket.settimeout(IDLE_SECONDS)
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send a map.
@@ -89,6 +92,18 @@ class Link:
         except OSError as error:
             raise FabricError(f"the other side is gone: {error}") from None
         return bytes(data)
+
+
+def field(message: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return a field of a map.
+
+    Raises:
+        WireError: it is missing, or of another type.
+    """
+    value = message.get(name)
+    if type(value) is not kind:
+        raise WireError(f"the other side's {name} is {str(value)[:50]!r}, not a {kind.__name__}")
+    return value
 
 
 def dial(host: str, port: int) -> Link:

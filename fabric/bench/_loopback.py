@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from .._errors import FabricError
@@ -28,7 +27,7 @@ _SERVE = "from fabric.bench._loopback import serve; serve()"
 
 
 class Loopback:
-    """Two engines of this machine, one of them in another process.
+    """Two engines of this machine, one of them in another process. To be closed.
 
     Args:
         near: how this process's engine is opened.
@@ -57,17 +56,6 @@ class Loopback:
         except BaseException:
             self._stop()
             raise
-
-    def __enter__(self) -> Loopback:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def set_up(self, case: Case) -> None:
         """Prepare a case on both sides; the one before it is put away."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import select
 import subprocess
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from .. import _native
@@ -24,7 +24,7 @@ def raw_program() -> pathlib.Path:
 
 
 class Program:
-    """A program that answers ``run SECONDS`` on its standard input with a line of JSON.
+    """A program that answers ``run SECONDS`` on standard input with a line of JSON. To be closed.
 
     Raises:
         FabricError: it cannot be started, or says why it cannot run.
@@ -43,21 +43,10 @@ class Program:
         except OSError as error:
             raise FabricError(f"cannot start {command[0]}: {error}") from None
         try:
-            self.about = str(self._answer()["ready"])
+            self.about = str(self._answer(START_SECONDS)["ready"])
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def run(self, seconds: float) -> Result:
         """Run for so many seconds.
@@ -70,8 +59,8 @@ class Program:
             self._process.stdin.write(f"run {seconds:.6f}\n")
             self._process.stdin.flush()
         except OSError:
-            self._answer()  # it has said why
-        answer = self._answer()
+            raise FabricError(self._last_words()) from None
+        answer = self._answer(seconds + START_SECONDS)
         return Result(
             iters=answer["iters"],
             seconds=answer["seconds"],
@@ -95,17 +84,25 @@ class Program:
             if stream is not None:
                 stream.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, limit: float) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            raise FabricError(f"no answer within {limit:.0f} s")
         line = self._process.stdout.readline()
-        if line:
-            try:
-                return dict(json.loads(line))
-            except ValueError:
-                raise FabricError(f"not an answer: {line[:200]!r}") from None
-        assert self._process.stderr is not None
-        why = self._process.stderr.read().strip().splitlines()
-        raise FabricError(why[-1] if why else f"it ended with status {self._process.returncode}")
+        if not line:
+            raise FabricError(self._last_words())
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            raise FabricError(f"not an answer: {line[:200]!r}") from None
+
+    def _last_words(self) -> str:
+        try:
+            _, said = self._process.communicate(timeout=END_SECONDS)
+        except (subprocess.TimeoutExpired, ValueError):
+            return "it said no more, and did not end"
+        lines = said.strip().splitlines()
+        return lines[-1] if lines else f"it ended with status {self._process.returncode}"
 
 
 def raw(kind: str, op: str, nbytes: int, **options: Any) -> Program:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .. import __version__
 from .._errors import FabricError
 from .._native import ffi, lib
-from ._result import Result, total
+from ._result import Result, median, total
 
 if TYPE_CHECKING:
     from ._case import Case
@@ -56,12 +56,12 @@ class Row:
     def ratio(self) -> float | None:
         """Ours to the baseline's: the median over the pairs of slices. None: there is none."""
         by_time = self.case.op == "latency"
-        ratios = sorted(
+        ratios = [
             (theirs.p50_us or 0) / (ours.p50_us or 1) if by_time else ours.gbps / theirs.gbps
             for ours, theirs in zip(self.slices, self.baseline, strict=False)
             if theirs.gbps or by_time
-        )
-        return ratios[len(ratios) // 2] if ratios else None
+        ]
+        return median(ratios) if ratios else None
 
     def facts(self) -> dict[str, Any]:
         """Return everything, as JSON has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._errors import FabricError, WaitTimeout
 from ._case import ROUND_TRIPS, VERIFIED, Case, wrong_pages
 from ._ends import End, Set
-from ._link import Link
+from ._link import Link, field
 
 if TYPE_CHECKING:
     from .._engine import TransferEngine
@@ -50,13 +51,13 @@ class Server:
             with self._settings.open() as engine:
                 self._cases(link, engine)
         except FabricError as error:
-            link.send("failed", why=str(error))
+            with contextlib.suppress(FabricError):  # it may be gone
+                link.send("failed", why=str(error))
             raise
         finally:
             link.close()
 
     def _cases(self, link: Link, engine: TransferEngine) -> None:
-        link.patient()  # the client may do something else between two runs
         end: End | None = None
         try:
             while True:
@@ -66,10 +67,11 @@ class Server:
                 if message["is"] == "case":
                     if end is not None:
                         end.close()
-                    end = End(engine, Case.unpack(message["case"]), self._settings.foreign)
+                    end = End(engine, Case.unpack(message.get("case")), self._settings.foreign)
                     end.meet(message)
                     activity = Activity(end)
                     link.send("offer", **end.offer())
+                    link.patient()  # from now on it may do something else between two runs
                 elif end is not None:
                     link.send("begun")
                     activity.until(link.waiting)
@@ -134,7 +136,7 @@ class Activity:
         Raises:
             WaitTimeout: something that was acknowledged has not been counted.
         """
-        end, ranges = self._end, message["ranges"]
+        end, ranges = self._end, field(message, "ranges", int)
         if end.case.op == "messages":
             while self._seen < ranges:
                 end.engine.recv(timeout=END_SECONDS)

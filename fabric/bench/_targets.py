@@ -6,18 +6,17 @@ is not part of CI: it wants a machine that does nothing else.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 from .._errors import FabricError
 from ._case import Case
 from ._costs import COSTS, Rig
 from ._ends import Set
 from ._loopback import Loopback
-from ._program import raw
+from ._program import Program, raw
 from ._report import Progress, header
 from ._result import Result, median
 
@@ -53,9 +52,9 @@ class Target:
         return value <= self.bound * (1 + TOLERANCE)
 
 
-def check_targets(options: argparse.Namespace) -> int:
+def check_targets() -> int:
     """Measure all targets and print them; returns the exit status."""
-    for name, value in header(options.provider, "targets").items():
+    for name, value in header("tcp", "targets, on local and tcp").items():
         if value:
             print(f"# {name}: {value}")
     print(f"{'target':<58}{'measured':>12}{'wanted':>14}  result")
@@ -94,25 +93,25 @@ def _check(target: Target, progress: Progress) -> bool:
 def _ratios(
     case: Case,
     provider: str,
-    baseline: Callable[[], contextlib.AbstractContextManager[object]],
+    baseline: Callable[[], Program],
     value: Callable[[Result], float],
     foreign: bool = False,
 ) -> list[float]:
     """Run ours and a baseline in turns; returns ours divided by the baseline's for each pair."""
     near = Set(provider)
-    with Loopback(near, dataclasses.replace(near, foreign=foreign)) as ours, baseline() as theirs:
-        run_theirs: Callable[[float], Result] = theirs.run  # type: ignore[attr-defined]
+    far = dataclasses.replace(near, foreign=foreign)
+    with closing(Loopback(near, far)) as ours, closing(baseline()) as theirs:
         ours.set_up(case)
         ours.run(SLICE_SECONDS)
-        run_theirs(SLICE_SECONDS)
+        theirs.run(SLICE_SECONDS)
         ratios = []
         for turn in range(PAIRS):
             if turn % 2:
-                b = value(run_theirs(SLICE_SECONDS))
+                b = value(theirs.run(SLICE_SECONDS))
                 a = value(ours.run(SLICE_SECONDS))
             else:
                 a = value(ours.run(SLICE_SECONDS))
-                b = value(run_theirs(SLICE_SECONDS))
+                b = value(theirs.run(SLICE_SECONDS))
             ratios.append(a / b)
         return ratios
 
@@ -129,7 +128,7 @@ def _against_memcpy(name: str, case: Case, bound: float, foreign: bool = False) 
     op = "pages" if case.op == "pages" else "write"
 
     def measure() -> list[float]:
-        def baseline() -> contextlib.AbstractContextManager[object]:
+        def baseline() -> Program:
             return raw("memcpy", op, case.nbytes, pages=case.call_pages, walk=case.size)
 
         return _ratios(case, "local", baseline, _bandwidth, foreign)
@@ -141,7 +140,7 @@ def _against_libfabric(name: str, case: Case, delivery: bool) -> Target:
     op = "pages" if case.op == "pages" else "write"
 
     def measure() -> list[float]:
-        def baseline() -> contextlib.AbstractContextManager[object]:
+        def baseline() -> Program:
             return raw(
                 "ofi",
                 op,
@@ -184,27 +183,27 @@ def bandwidth_targets() -> Iterator[Target]:
 
 
 def _round_trip(near: Set, far: Set, part: str) -> list[float]:
-    with Loopback(near, far) as loopback:
+    with closing(Loopback(near, far)) as loopback:
         loopback.set_up(Case("latency", 8))
         loopback.run(SLICE_SECONDS)
         return [getattr(loopback.run(SLICE_SECONDS), part) or 0.0 for _ in range(PAIRS)]
 
 
 def _c_round_trip(cpus: str) -> list[float]:
-    with raw("engine", "roundtrip", 8, provider="local", cpus=cpus) as program:
+    with closing(raw("engine", "roundtrip", 8, provider="local", cpus=cpus)) as program:
         program.run(SLICE_SECONDS)
         return [program.run(SLICE_SECONDS).p50_us or 0.0 for _ in range(PAIRS)]
 
 
 def _rate(op: str, pages: int) -> list[float]:
-    with raw("engine", op, 8, pages=pages, provider="local") as program:
+    with closing(raw("engine", op, 8, pages=pages, provider="local")) as program:
         program.run(SLICE_SECONDS)
         runs = [program.run(SLICE_SECONDS) for _ in range(PAIRS)]
         return [one.iters * pages / one.seconds / 1e6 for one in runs]
 
 
 def _tcp_round_trip() -> list[float]:
-    def baseline() -> contextlib.AbstractContextManager[object]:
+    def baseline() -> Program:
         return raw("ofi", "roundtrip", 8, provider="tcp")
 
     return _ratios(Case("latency", 8), "tcp", baseline, _latency)
@@ -234,7 +233,7 @@ def cost_targets() -> Iterator[Target]:
     for cost in COSTS:
 
         def measure(run: Callable[[Rig], list[float]] = cost.run) -> list[float]:
-            with Rig() as rig:
+            with closing(Rig()) as rig:
                 return run(rig)
 
         yield Target(cost.name, cost.unit, cost.bound, False, measure)

@@ -459,7 +459,7 @@ const uint64_t *fab_counter_cell(fab_engine *e, int64_t counter, uint32_t index)
     return cell;
 }
 
-int fab_counter_reached(fab_engine *e, const uint64_t *sum, uint64_t target)
+int fab_counter_reached(fab_engine *e, int64_t counter, const uint64_t *sum, uint64_t target)
 {
     const struct fab_cell *cell = (const struct fab_cell *)sum; /* its first field */
     uint64_t value = atomic_load_explicit(&cell->sum, memory_order_acquire);
@@ -467,7 +467,9 @@ int fab_counter_reached(fab_engine *e, const uint64_t *sum, uint64_t target)
            !(atomic_load_explicit(&cell->flags, memory_order_acquire) & FAB_CELL_VOID) &&
            !atomic_load_explicit(&e->traced, memory_order_relaxed) &&
            !atomic_load_explicit(&e->closed, memory_order_acquire) &&
-           !atomic_load_explicit(&e->forked, memory_order_relaxed);
+           !atomic_load_explicit(&e->forked, memory_order_relaxed) &&
+           /* last: a closed counter's cell may be somebody else's */
+           fab_slot_peek(&e->counters, counter);
 }
 
 int64_t fab_counter_value(fab_engine *e, int64_t counter, uint32_t index)

@@ -323,8 +323,8 @@ struct fab_peer {
     struct fab_grant *grants;
     uint32_t grant_count;
     struct fab_list queue; /* not wholly posted */
-    bool posting,
-        completed; /* the queue is being posted; a work request of it has completed since */
+    bool posting; /* the queue is being posted; */
+    bool completed; /* and a work request of it has completed since */
     struct fab_list inflight; /* wholly posted, not acknowledged */
     uint64_t outstanding;
 

@@ -73,13 +73,6 @@ static bool keys_reach(const struct fab_transfer *t)
     return true;
 }
 
-/* Those of the grant are for this engine alone, and go before what the descriptor says. */
-static const fab_key *key_of(const struct fab_transfer *t, uint32_t nic)
-{
-    const struct fab_grant *g = t->import->grant;
-    return nic < g->key_count ? &g->keys[nic] : &t->import->keys[nic];
-}
-
 static bool registered(const struct fab_transfer *t)
 {
     for (uint32_t i = 0; i < t->share_count; i++)
@@ -143,7 +136,7 @@ static void address_payload(const struct fab_transfer *t, const struct fab_share
         dst += s->begin;
         bytes = s->end - s->begin;
     }
-    const fab_key *key = key_of(t, p->lane_nic[s->lane]);
+    const fab_key *key = fab_import_key(t->import, p->lane_nic[s->lane]);
     wr->src = t->region->base + src + offset;
     wr->mr = t->region->mrs[lane->nic->index];
     wr->remote = t->import->grant->remote;

@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include "lanes.h"
+#include "remote.h"
+#include "span.h"
 #include "stats.h"
 #include "worker.h"
 
@@ -41,11 +43,6 @@ static void count_ranges(struct fab_engine *e, struct fab_peer *p, uint32_t rang
     e->stats.transfers_done++;
 }
 
-static bool fits(uint64_t offset, uint64_t length, uint64_t limit)
-{
-    return offset <= limit && length <= limit - offset;
-}
-
 static void set_imm(struct fab_wr *wr, int64_t imm)
 {
     wr->imm = imm < 0 ? 0 : (uint32_t)imm; /* of one piece: its number is 0 */
@@ -65,7 +62,7 @@ static bool find_ends(struct fab_engine *e, int64_t region, int64_t remote, stru
     const struct fab_region *r = ends->region = fab_slot_peek(&e->regions, region);
     const struct fab_import *i = ends->import = fab_slot_peek(&e->imports, remote);
     if (!r || !i || r->closing || i->grant->state != FAB_G_HELD ||
-        !fits(i->offset, i->length, i->grant->length))
+        !fab_fits(i->offset, i->length, i->grant->length))
         return false;
     ends->peer = i->peer;
     ends->lane = lane_for(e, i->peer);
@@ -77,11 +74,9 @@ static bool begin_at(const struct ends *ends, uint64_t src, uint64_t dst, uint64
                      int64_t imm, struct fab_wr *wr)
 {
     const struct fab_import *i = ends->import;
-    uint32_t far = ends->peer->lane_nic[0];
-    bool own = far < i->grant->key_count;
-    if (!own && far >= i->key_count)
+    const fab_key *key = fab_import_key(i, ends->peer->lane_nic[0]);
+    if (!key)
         return false;
-    const fab_key *key = own ? &i->grant->keys[far] : &i->keys[far];
     *wr = (struct fab_wr){.src = ends->region->base + src,
                           .mr = ends->region->mrs[ends->lane->nic->index],
                           .remote = i->grant->remote,
@@ -109,32 +104,20 @@ bool fab_quick_write(struct fab_engine *e, int64_t region, uint64_t src, int64_t
     struct fab_wr wr;
     if (!e->quick || !length || length > FAB_SHORT_BYTES || !fab_trylock_soon(e))
         return false;
-    bool done = find_ends(e, region, remote, &ends) && fits(src, length, ends.region->length) &&
-                fits(dst, length, ends.import->length) &&
+    bool done = find_ends(e, region, remote, &ends) && fab_fits(src, length, ends.region->length) &&
+                fab_fits(dst, length, ends.import->length) &&
                 begin_at(&ends, src, dst, length, imm, &wr) && write_now(e, &ends, &wr);
     fab_unlock(e);
     return done;
-}
-
-/* The highest of them; -1: one is negative. */
-static int64_t reach(const int32_t *pages, uint32_t count)
-{
-    int32_t low = 0, high = 0;
-    for (uint32_t i = 0; i < count; i++) { /* one pass that the compiler can vectorise */
-        low = pages[i] < low ? pages[i] : low;
-        high = pages[i] > high ? pages[i] : high;
-    }
-    return low < 0 ? -1 : high;
 }
 
 /* Within `limit`; *span: the bytes from page 0's first to the furthest page's last. */
 static bool all_fit(const int32_t *pages, uint32_t count, uint64_t stride, uint64_t offset,
                     uint64_t length, uint64_t limit, uint64_t *span)
 {
-    int64_t high = reach(pages, count);
-    uint64_t last;
-    return high >= 0 && !__builtin_mul_overflow((uint64_t)high, stride, &last) &&
-           !__builtin_add_overflow(last, length, span) && fits(offset, *span, limit);
+    struct fab_reach reach = fab_reach(pages, count);
+    return reach.low >= 0 && fab_page_span(reach.high, stride, length, span) &&
+           fab_fits(offset, *span, limit);
 }
 
 static bool pages_now(struct fab_engine *e, const struct ends *ends, const struct fab_pages *p)

@@ -14,6 +14,16 @@ struct fab_import *fab_import_get(struct fab_engine *e, int64_t handle);
 void fab_import_put(struct fab_engine *e, struct fab_import *import); /* takes the lock if last */
 void fab_import_put_locked(struct fab_engine *e, struct fab_import *import);
 
+/* The key for one of the owner's NICs: the grant's are for this engine alone, and go before what the
+ * descriptor says. NULL: neither has one. */
+static inline const fab_key *fab_import_key(const struct fab_import *import, uint32_t nic)
+{
+    const struct fab_grant *grant = import->grant;
+    if (nic < grant->key_count)
+        return &grant->keys[nic];
+    return nic < import->key_count ? &import->keys[nic] : NULL;
+}
+
 /* 1: held, go on; 0: asked for, come back; negative FAB_E_*: will never be. */
 int fab_grant_ready(struct fab_grant *grant, const char **why);
 /* A transfer that may have work requests towards the grant begins, ends. */

@@ -94,16 +94,29 @@ int64_t fab_slot_handle(const void *item)
     return (int64_t)((word >> 32) << 32 | (slot->index + 1));
 }
 
-void *fab_slot_get(struct fab_slots *slots, int64_t handle)
+/* The slot that a handle names, which may be another one's by now. NULL: there never was such. */
+static struct fab_slot *named(const struct fab_slots *slots, int64_t handle)
 {
     uint32_t number = (uint32_t)handle;
     if (handle <= 0 || !number ||
         number > atomic_load_explicit(&slots->touched, memory_order_acquire))
         return NULL;
-    struct fab_slot *slot = fab_slot_at(slots, number - 1);
+    return fab_slot_at(slots, number - 1);
+}
+
+static bool is_named(uint64_t word, int64_t handle)
+{
+    return word >> 32 == (uint64_t)handle >> 32 && (word & LIVE_BIT);
+}
+
+void *fab_slot_get(struct fab_slots *slots, int64_t handle)
+{
+    struct fab_slot *slot = named(slots, handle);
+    if (!slot)
+        return NULL;
     uint64_t word = atomic_load_explicit(&slot->word, memory_order_acquire);
     do {
-        if (word >> 32 != (uint64_t)handle >> 32 || !(word & LIVE_BIT))
+        if (!is_named(word, handle))
             return NULL;
     } while (!atomic_compare_exchange_weak_explicit(&slot->word, &word, word + 1,
                                                     memory_order_acq_rel, memory_order_acquire));
@@ -112,13 +125,9 @@ void *fab_slot_get(struct fab_slots *slots, int64_t handle)
 
 void *fab_slot_peek(const struct fab_slots *slots, int64_t handle)
 {
-    uint32_t number = (uint32_t)handle;
-    if (handle <= 0 || !number ||
-        number > atomic_load_explicit(&slots->touched, memory_order_acquire))
-        return NULL;
-    struct fab_slot *slot = fab_slot_at(slots, number - 1);
-    uint64_t word = atomic_load_explicit(&slot->word, memory_order_acquire);
-    return word >> 32 == (uint64_t)handle >> 32 && (word & LIVE_BIT) ? slot : NULL;
+    struct fab_slot *slot = named(slots, handle);
+    return slot && is_named(atomic_load_explicit(&slot->word, memory_order_acquire), handle) ? slot
+                                                                                             : NULL;
 }
 
 void fab_slot_ref(void *item)

@@ -44,7 +44,8 @@ void fab_slots_fini(struct fab_slots *slots);
 void *fab_slot_alloc(struct fab_slots *slots); /* NULL: full. The item past its slot is as left */
 int64_t fab_slot_handle(const void *item);
 void *fab_slot_get(struct fab_slots *slots, int64_t handle);
-/* The same without a reference, for whoever holds the lock that items are killed under. */
+/* The same without a reference: for whoever holds the lock that items are killed under, and to find
+ * out whether one was alive until now. */
 void *fab_slot_peek(const struct fab_slots *slots, int64_t handle);
 void fab_slot_ref(void *item);
 bool fab_slot_kill(void *item); /* false: was dead already */

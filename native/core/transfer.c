@@ -12,6 +12,7 @@
 #include "quick.h"
 #include "remote.h"
 #include "session.h"
+#include "span.h"
 #include "stats.h"
 #include "watch.h"
 #include "worker.h"
@@ -309,7 +310,7 @@ static int check_imm(int64_t imm)
 
 static int check_span(const char *what, uint64_t offset, uint64_t length, uint64_t limit)
 {
-    if (offset <= limit && length <= limit - offset)
+    if (fab_fits(offset, length, limit))
         return 0;
     return fab_error(FAB_E_INVALID, "%llu bytes at offset %llu end outside the %s of %llu bytes",
                      (unsigned long long)length, (unsigned long long)offset, what,
@@ -419,20 +420,15 @@ int64_t fab_write(fab_engine *e, int64_t region, uint64_t src, int64_t remote, u
 static int check_pages(const char *what, const int32_t *pages, uint32_t count, uint64_t stride,
                        uint64_t bytes, uint64_t offset, uint64_t limit)
 {
-    int32_t low = 0, high = 0;
-    for (uint32_t i = 0; i < count; i++) { /* one pass that the compiler can vectorise */
-        low = pages[i] < low ? pages[i] : low;
-        high = pages[i] > high ? pages[i] : high;
-    }
-    uint64_t reach;
-    if (low < 0)
-        return fab_error(FAB_E_INVALID, "page index %d of the %s is negative", low, what);
-    if (__builtin_mul_overflow((uint64_t)high, stride, &reach) ||
-        __builtin_add_overflow(reach, offset, &reach) || reach > limit || bytes > limit - reach)
+    struct fab_reach reach = fab_reach(pages, count);
+    uint64_t span;
+    if (reach.low < 0)
+        return fab_error(FAB_E_INVALID, "page index %d of the %s is negative", reach.low, what);
+    if (!fab_page_span(reach.high, stride, bytes, &span) || !fab_fits(offset, span, limit))
         return fab_error(FAB_E_INVALID,
                          "page %d of the %s ends outside its %llu bytes (stride %llu, offset %llu, "
                          "page of %llu bytes)",
-                         high, what, (unsigned long long)limit, (unsigned long long)stride,
+                         reach.high, what, (unsigned long long)limit, (unsigned long long)stride,
                          (unsigned long long)offset, (unsigned long long)bytes);
     return 0;
 }

@@ -5,6 +5,8 @@
  * - the worker stores SLEEPING under the lock after arming every NIC and looking at the commands
  *   once more, and blocks on the NICs' descriptors and wake_fd;
  * - who leaves work behind that no NIC will signal calls fab_kick();
+ * - helpers and the worker that spins look without the lock (glance) before they take a turn;
+ * - after helpers were active the worker naps; the last helper that goes to sleep ends that nap;
  * - a helper that finds the worker asleep disarms the NICs while it helps, so that peers do not
  *   pay for waking it, and arms them again when it leaves;
  * - fab_unlock() takes the commands that came while the lock was held, and wakes the worker when

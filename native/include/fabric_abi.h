@@ -412,9 +412,9 @@ int64_t fab_counter_id(fab_engine *e, int64_t counter);
 /* The sum that a counter's ranges add to, in units of 1/720720; readable until the engine is
  * freed, of this counter while it is open. NULL: bad handle. */
 const uint64_t *fab_counter_cell(fab_engine *e, int64_t counter, uint32_t index);
-/* 1: the counter of this cell has reached `target`, and is not void; 0: fab_counter_wait() tells what
- * else it is. The cell is of an open counter. */
-int fab_counter_reached(fab_engine *e, const uint64_t *cell, uint64_t target);
+/* 1: the counter, whose cell this is, has reached `target` and is open and not void; 0:
+ * fab_counter_wait() tells what it is. */
+int fab_counter_reached(fab_engine *e, int64_t counter, const uint64_t *cell, uint64_t target);
 int64_t fab_counter_value(fab_engine *e, int64_t counter, uint32_t index);
 /* Waits until every value[i] >= targets[i]. missing[i] is set to 1 for those that are not; may be
  * NULL. Ends at once when one of `peers` is lost. `offset`: of the first counter in a block. */

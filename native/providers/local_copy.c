@@ -143,10 +143,12 @@ static bool copy_past(struct local_cache *cache, const struct local_span *spans,
     stream_fn *move = chosen;
     if (!move)
         chosen = move = best_stream();
+    if (!move)
+        return false;
     int warm = 0;
     for (int i = 0; i < count; i++)
         warm += is_warm(cache, spans[i].to, length);
-    if (!move || 2 * warm > count)
+    if (2 * warm > count)
         return false;
     struct local_span parts[LOCAL_SPANS];
     count = divide(parts, spans, count, &length);

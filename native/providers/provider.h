@@ -71,8 +71,8 @@ struct fab_pages {
     const int32_t *from, *to;
     uint32_t count;
     uint64_t src_stride, dst_stride;
-    uint64_t src_span,
-        dst_span; /* from the first byte of page 0 to the last of the furthest page */
+    uint64_t src_span; /* from the first byte of page 0 to the last of the furthest page, */
+    uint64_t dst_span; /* on either side */
 };
 
 /* A region to be registered. */
