@@ -11,7 +11,6 @@ from tests.harness import ROOT, environment
 
 SECONDS = 10.0
 LIMIT = 170.0
-CRASH = "ended by itself with -11"
 CONTROLS = {
     "late": ("late, ", "after a fence: "),
     "count": (" counts of ", "a count went from ", "a count was reached: "),
@@ -43,18 +42,13 @@ def finish(run: subprocess.Popen[str]) -> str:
         run.wait()
 
 
-@pytest.mark.timeout(2 * int(LIMIT))
+@pytest.mark.timeout(int(LIMIT) + 10)
 @pytest.mark.only("local", "tcp")
 def test_a_short_soak(provider: str, seed: int) -> None:
     common = ("--providers", provider, "--seconds", str(SECONDS), "--seed")
     run = soak(*common, str(seed))
     text = finish(run)
     print(text)
-    if provider == "tcp" and CRASH in text:
-        # libfabric's, and rare: see "Open ends" in ARCHITECTURE.md. Twice in a row it is not.
-        run = soak(*common, str(seed + 1))
-        text = finish(run)
-        print(text)
     assert run.returncode == 0
     assert "violations: 0" in text
     assert "transfers: 0 done" not in text

@@ -150,6 +150,10 @@ int ofi_port_receive(struct ofi_port *port, uint32_t recvs)
 
 int ofi_port_shut(struct ofi_port *port)
 {
+    const struct ofi_kind *kind = port->domain->nic->kind;
+
+    if (port->ep && kind->lane_endpoints && !kind->lane_queues)
+        ofi_pending_end(port);
     int rc = port->ep ? fi_close(&port->ep->fid) : 0;
 
     if (rc == 0)
