@@ -40,7 +40,8 @@ test-efa: setup ## pytest and the demo on `efa`, on emulated devices (ARGS="..."
 test-sim: setup ## thousands of simulated histories, one seed (HISTORIES=5000)
 	@$(SIM) FABRIC_SIM_HISTORIES=$(HISTORIES) .venv/bin/python -m pytest $(SIM_ARGS) --timeout 900 $(ARGS)
 
-soak: setup ## simulated histories, seed after seed, until one fails or it is stopped
+soak: setup ## 100 000 layouts, then simulated histories, seed after seed, until one fails or it is stopped
+	@FABRIC_EXAMPLES=100000 .venv/bin/python -m pytest -q --timeout 0 tests/test_kvtransfer_runs.py
 	@while $(SIM) FABRIC_SIM_HISTORIES=$(HISTORIES) .venv/bin/python -m pytest $(SIM_ARGS) --timeout 0; do :; done
 
 soak-kills: setup ## processes that are killed every 200 ms, 5 minutes on local and on tcp (ARGS="--help")

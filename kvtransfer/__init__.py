@@ -13,14 +13,16 @@ from .errors import (
     RequestFailed,
     RequestRefused,
 )
-from .layout import KvLayout
+from .layout import SEQUENCE, CacheTensor, KvLayout, Runs, Shard, Span, plan_runs
 from .plan import LayerWrite, expected_ranges, layer_write, page_rows, payload_bytes
 from .pool import PagePool
 from .prefill import Prefiller, PrefillJob
 from .request import Request
 
 __all__ = [
+    "SEQUENCE",
     "Arrival",
+    "CacheTensor",
     "Decoder",
     "KvLayout",
     "KvTransferError",
@@ -33,8 +35,12 @@ __all__ = [
     "RequestCancelled",
     "RequestFailed",
     "RequestRefused",
+    "Runs",
+    "Shard",
+    "Span",
     "expected_ranges",
     "layer_write",
     "page_rows",
     "payload_bytes",
+    "plan_runs",
 ]
