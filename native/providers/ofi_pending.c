@@ -13,6 +13,7 @@
 #include <linux/filter.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -69,6 +70,9 @@ static enum state state_of(int fd, const struct sockaddr_storage *own, struct tc
         return OTHER;
     if (info->tcpi_state == KERNEL_LISTENS)
         return LISTENS;
+    if (info_len <
+        offsetof(struct tcp_info, tcpi_bytes_received) + sizeof(info->tcpi_bytes_received))
+        return OTHER; /* Linux before 4.1 does not tell */
     return info->tcpi_bytes_received ? OTHER : PENDING;
 }
 
