@@ -29,7 +29,7 @@ from ._peer import Address, NicAddress, Peer
 from ._queue import Acceptor, Dispatcher
 from ._stats import EngineStats, snapshot
 from ._trace import EVENTS, begin_by_environment, end_by_environment, traced
-from ._transfer import Transfer
+from ._transfer import AT_ONCE, AtOnce, Transfer, transfer_of
 from ._values import (
     FOREVER,
     IMM_MAX,
@@ -76,6 +76,7 @@ atexit.register(_close_all)
 
 _PLAIN = {int}
 _write = lib.fab_write
+_imm = lib.fab_imm
 _write_pages = lib.fab_write_pages
 _PAGE_FIELDS = ("page_bytes", "src_stride", "dst_stride", "src_offset", "dst_offset")
 
@@ -418,15 +419,18 @@ class TransferEngine:
             if after is not None:
                 _wait_for(after, timeout)
             # Written out for speed: a helper or a tuple of arguments takes as long as C does.
-            source, remote = mr._handle, d._handle_in(core)
+            source, ptr, last = mr._handle, core.ptr, d._last
+            remote = last[1] if last[0] is ptr else d._handle_in(core)
             if type(imm) is not int or not 0 <= imm <= IMM_MAX:
                 imm = immediate(imm)
             limit = 0 if deadline is None else deadline_ns(deadline)
-            handle = _write(core.ptr, source, src_offset, remote, dst_offset, length, imm, limit, 0)
+            handle = _write(ptr, source, src_offset, remote, dst_offset, length, imm, limit, 0)
+            if handle == AT_ONCE and self._dispatcher is None:
+                return AtOnce()
             if handle < 0:
                 args = (source, src_offset, remote, dst_offset, length, imm, limit)
                 handle = self._again(_write, args, timeout, handle)
-            return Transfer(core, handle, self._dispatcher)
+            return transfer_of(core, handle, self._dispatcher)
         except (TypeError, OverflowError, AttributeError) as error:
             size = 0 if length is None else length
             self._explain(error, mr, d, src_offset=src_offset, dst_offset=dst_offset, length=size)
@@ -558,7 +562,15 @@ class TransferEngine:
             QueueFull: no room within `timeout`.
             EngineClosed: the engine is closed.
         """
-        needs("address", address, Peer)
+        core = self._core
+        peer = core.peer(address)
+        if deadline is None and type(imm) is int and 0 <= imm <= IMM_MAX:
+            handle = _imm(core.ptr, (peer,), 1, imm, 0, 0)
+            if handle == AT_ONCE and self._dispatcher is None:
+                return AtOnce()
+            if handle >= 0:
+                return transfer_of(core, handle, self._dispatcher)
+        # Refused, for good or for now: the way that says why, and tries again.
         return self.barrier((address,), imm, deadline=deadline, timeout=timeout)
 
     def barrier(
@@ -600,7 +612,7 @@ class TransferEngine:
         handle = function(core.ptr, *args, 0)
         if handle < 0:
             handle = self._again(function, args, timeout, handle)
-        return Transfer(core, handle, self._dispatcher)
+        return transfer_of(core, handle, self._dispatcher)
 
     def _again(
         self,

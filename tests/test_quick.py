@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +22,8 @@ SIZE = 1 << 20
 class Pair:
     """Two engines of this process; the first one has written to the second, twice."""
 
-    def __init__(self) -> None:
-        self.a = fabric.TransferEngine("local", callbacks=True)
+    def __init__(self, callbacks: bool = True) -> None:
+        self.a = fabric.TransferEngine("local", callbacks=callbacks)
         self.b = fabric.TransferEngine("local")
         self.src, self.dst = self.a.alloc(SIZE), self.b.alloc(SIZE)
         self.src.numpy()[:] = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
@@ -42,8 +43,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair() -> Iterator[Pair]:
-    both = Pair()
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    both = Pair(getattr(request, "param", True))
     yield both
     both.a.close(5)
     both.b.close(5)
@@ -59,8 +60,21 @@ def at_once(submit: Callable[[], fabric.Transfer]) -> fabric.Transfer:
     raise AssertionError("none of 200 was done at submission")
 
 
-def test_such_a_transfer_is_done_in_every_way(pair: Pair) -> None:
-    t = at_once(pair.write)
+def write_imm(pair: Pair) -> fabric.Transfer:
+    pair.count += 1
+    return pair.a.write_imm(pair.b.address, pair.counter.id)
+
+
+@pytest.mark.parametrize("pair", [True, False], ids=["callbacks", "none"], indirect=True)
+@pytest.mark.parametrize("submit", [Pair.write, write_imm])
+def test_such_a_transfer_is_done_in_every_way(
+    pair: Pair, submit: Callable[[Pair], fabric.Transfer], request: pytest.FixtureRequest
+) -> None:
+    t = at_once(lambda: submit(pair))
+    other = at_once(lambda: submit(pair))
+    assert len({t, other}) == 2  # each is one of its own, as those that take longer
+    assert weakref.ref(t)() is t
+    assert isinstance(t, fabric.Transfer)
     assert t.done()
     assert t.state == "done"
     t.wait(0)
@@ -72,6 +86,10 @@ def test_such_a_transfer_is_done_in_every_way(pair: Pair) -> None:
         await t
 
     asyncio.run(awaited())
+    if request.node.callspec.params["pair"] is False:
+        with pytest.raises(fabric.InvalidArgument, match="callbacks=True"):
+            t.add_done_callback(print)
+        return
     called = threading.Event()
     t.add_done_callback(lambda _: called.set())
     assert called.wait(WAIT)
@@ -116,15 +134,41 @@ def test_pages(pair: Pair) -> None:
 
 
 def test_immediates(pair: Pair) -> None:
-    def submit() -> fabric.Transfer:
-        pair.count += 1
-        return pair.a.write_imm(pair.b.address, pair.counter.id)
-
     for _ in range(2):
-        submit().wait(WAIT)
-    at_once(submit)
+        write_imm(pair).wait(WAIT)
+    at_once(lambda: write_imm(pair))
     pair.counter.wait(pair.count, WAIT)
     assert pair.counter.value == pair.count
+
+
+def test_an_immediate_that_is_refused_says_why(pair: Pair) -> None:
+    write_imm(pair).wait(WAIT)
+    address = pair.b.address
+    for imm in (-1, 1 << 28, True, None, "7"):
+        with pytest.raises(fabric.InvalidArgument, match="imm"):
+            pair.a.write_imm(address, imm)  # type: ignore[arg-type]
+    with pytest.raises(fabric.InvalidArgument, match="own"):
+        pair.a.write_imm(pair.a.address, 1)
+    with pytest.raises(fabric.InvalidArgument, match="deadline"):
+        pair.a.write_imm(address, 1, deadline=-1)
+    pair.a.write_imm(address, np.int32(pair.counter.id), deadline=WAIT).wait(WAIT)  # type: ignore[arg-type]
+    pair.counter.wait(pair.count + 1, WAIT)
+    pair.a.close(5)
+    with pytest.raises(fabric.EngineClosed):
+        pair.a.write_imm(address, 1)
+
+
+def test_a_descriptor_of_two_engines(pair: Pair) -> None:
+    with fabric.TransferEngine("local") as c:
+        source = c.alloc(8)
+        for turn in range(4):
+            source.numpy()[:] = turn
+            pair.write(8, dst_offset=8)
+            c.write(source, pair.d, length=8, imm=pair.counter.id).wait(WAIT)
+            pair.count += 1
+            pair.counter.wait(pair.count, WAIT)
+            assert (pair.dst.numpy()[:8] == turn).all()
+            assert (pair.dst.numpy()[8:16] == pair.src.numpy()[:8]).all()
 
 
 def test_it_counts_in_the_statistics(pair: Pair) -> None:
