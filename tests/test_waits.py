@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ import pytest
 import fabric
 from tests import commands
 from tests.harness import Farm, Node, wait_until
-from tests.scale import patient, scaled
+from tests.scale import SLOW, patient, scaled
 
 if TYPE_CHECKING:
     from tests.node import State
@@ -273,6 +274,38 @@ def test_await_on_two_loops(pair: Pair) -> None:
     time.sleep(0.2)
     a.call(commands.write_imm, b.address, imm, 3)
     assert waiting.result() == [3, 3]
+
+
+LOOKS = 100
+NAP_SECONDS = 500e-6
+"""What a worker leaves to those who helped just now."""
+
+
+async def resume_times(looks: str) -> list[float]:
+    """Return how long coroutines took that awaited an immediate, where somebody looked before."""
+    with fabric.TransferEngine("local") as a, fabric.TransferEngine("local") as b:
+        counter, other = b.counter(), b.counter()
+        a.write_imm(b.address, counter.id).wait(10)
+        times = []
+        for target in range(2, LOOKS + 2):
+            awaited = asyncio.ensure_future(counter.reached(target))
+            if looks == "after":
+                await asyncio.sleep(0)  # it has set its watch
+            with contextlib.suppress(fabric.WaitTimeout):
+                other.wait(1, timeout=0)
+            await asyncio.sleep(0)
+            begin = time.perf_counter()
+            a.write_imm(b.address, counter.id)
+            await awaited
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+@pytest.mark.skipif(SLOW, reason="a processor that is emulated is too slow to tell")
+@pytest.mark.parametrize("looks", ["before", "after"])
+def test_a_look_does_not_delay_who_awaits(looks: str) -> None:
+    # The least of many: a busy machine delays some, a nap would delay all.
+    assert min(asyncio.run(resume_times(looks))) < 0.8 * NAP_SECONDS
 
 
 def await_one_after_the_other(node: State, descriptor: bytes, rounds: int) -> int:

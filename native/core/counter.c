@@ -630,6 +630,8 @@ int64_t fab_watch_counter(fab_engine *e, int64_t queue, int64_t counter, uint32_
                      ? fab_error(FAB_E_CLOSED, "the counter was closed")
                      : fab_watch_cell(e, queue, c->first + index, target, peers, peer_count, tag);
         fab_unlock(e);
+        if (result > 0)
+            fab_rouse(e);
     }
     if (c)
         put_counter(e, c);

@@ -276,6 +276,8 @@ int64_t fab_watch_transfer(fab_engine *e, int64_t queue, int64_t transfer, uint6
         }
     }
     fab_unlock(e);
+    if (result > 0)
+        fab_rouse(e);
     fab_leave(e);
     return result;
 }
@@ -293,6 +295,8 @@ int64_t fab_watch_message(fab_engine *e, int64_t queue, uint64_t tag)
         result = w ? fab_slot_handle(w) : fab_error_code();
     }
     fab_unlock(e);
+    if (result > 0)
+        fab_rouse(e);
     fab_leave(e);
     return result;
 }

@@ -349,7 +349,7 @@ static void sleep_or_not(struct fab_engine *e)
 }
 
 /* True: helpers were active since the last look, so the worker has napped. Who goes to sleep after helping
- * takes that back (rouse()): for it the state is NAPPING from before the look on. */
+ * takes that back (fab_rouse()): for it the state is NAPPING from before the look on. */
 static bool nap_if_helped(struct fab_engine *e)
 {
     struct pollfd p = {.fd = e->wake_fd, .events = POLLIN};
@@ -504,9 +504,9 @@ static void leave_help(struct fab_engine *e)
         fab_kick(e);
 }
 
-/* A helper goes to sleep: a worker that naps because of it is to go on, or what comes next would wait for
- * the end of the nap, on both sides of a conversation. */
-static void rouse(struct fab_engine *e)
+/* A helper goes to sleep, or leaves a watch behind: a worker that naps because of it is to go on, or what
+ * comes next would wait for the end of the nap, on both sides of a conversation. */
+void fab_rouse(struct fab_engine *e)
 {
     if (atomic_load_explicit(&e->helpers, memory_order_relaxed))
         return;
@@ -621,6 +621,8 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
         atomic_fetch_add_explicit(&e->helpers, 1, memory_order_relaxed);
         help(e, true);
         leave_help(e);
+        if (atomic_load_explicit(&e->watches.live, memory_order_relaxed))
+            fab_rouse(e); /* who looks does not help on, and an event loop waits */
         rc = ready(e, arg);
         return rc ? rc : FAB_E_TIMEOUT;
     }
@@ -632,7 +634,7 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
     rc = spin(e, ready, arg, start + spin_ns);
     if (rc)
         return rc;
-    rouse(e);
+    fab_rouse(e);
     int64_t left = timeout;
     if (timeout > 0) {
         left = timeout - (fab_now() - start);

@@ -6,7 +6,8 @@
  *   once more, and blocks on the NICs' descriptors and wake_fd;
  * - who leaves work behind that no NIC will signal calls fab_kick();
  * - helpers and the worker that spins look without the lock (glance) before they take a turn;
- * - after helpers were active the worker naps; the last helper that goes to sleep ends that nap;
+ * - after helpers were active the worker naps; the last helper that goes to sleep ends that nap,
+ *   and so does who leaves a watch behind (fab_rouse);
  * - a helper that finds the worker asleep disarms the NICs while it helps, so that peers do not
  *   pay for waking it, and arms them again when it leaves;
  * - fab_unlock() takes the commands that came while the lock was held, and wakes the worker when
@@ -46,6 +47,9 @@ int fab_wait(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), vo
 /* The same without helping: for threads that wait for rare things. */
 int fab_wait_quietly(struct fab_engine *e, int (*ready)(struct fab_engine *, void *), void *arg,
                      int64_t timeout);
+
+/* Nobody is left who would help: a worker that naps because somebody did is to go on. */
+void fab_rouse(struct fab_engine *e);
 
 /* A turn by whoever moves simulated time; 0 where the engine is closed. */
 int fab_engine_turn(void *engine);
