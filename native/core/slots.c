@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#define LIVE_BIT ((uint64_t)1 << 31)
+#define LIVE_BIT FAB_SLOT_LIVE
 #define REF_MASK (LIVE_BIT - 1)
 #define GENERATION_MASK 0x7fffffffu
 
@@ -36,11 +36,6 @@ void fab_slots_fini(struct fab_slots *slots)
 {
     fab_table_free(slots->items, slots->capacity, slots->item_size);
     slots->items = NULL;
-}
-
-void *fab_slot_at(const struct fab_slots *slots, uint32_t index)
-{
-    return slots->items + (size_t)index * slots->item_size;
 }
 
 static struct fab_slot *pop_free(struct fab_slots *slots)
@@ -94,16 +89,6 @@ int64_t fab_slot_handle(const void *item)
     return (int64_t)((word >> 32) << 32 | (slot->index + 1));
 }
 
-/* The slot that a handle names, which may be another one's by now. NULL: there never was such. */
-static struct fab_slot *named(const struct fab_slots *slots, int64_t handle)
-{
-    uint32_t number = (uint32_t)handle;
-    if (handle <= 0 || !number ||
-        number > atomic_load_explicit(&slots->touched, memory_order_acquire))
-        return NULL;
-    return fab_slot_at(slots, number - 1);
-}
-
 static bool is_named(uint64_t word, int64_t handle)
 {
     return word >> 32 == (uint64_t)handle >> 32 && (word & LIVE_BIT);
@@ -111,7 +96,7 @@ static bool is_named(uint64_t word, int64_t handle)
 
 void *fab_slot_get(struct fab_slots *slots, int64_t handle)
 {
-    struct fab_slot *slot = named(slots, handle);
+    struct fab_slot *slot = fab_slot_named(slots, handle);
     if (!slot)
         return NULL;
     uint64_t word = atomic_load_explicit(&slot->word, memory_order_acquire);
@@ -121,13 +106,6 @@ void *fab_slot_get(struct fab_slots *slots, int64_t handle)
     } while (!atomic_compare_exchange_weak_explicit(&slot->word, &word, word + 1,
                                                     memory_order_acq_rel, memory_order_acquire));
     return slot;
-}
-
-void *fab_slot_peek(const struct fab_slots *slots, int64_t handle)
-{
-    struct fab_slot *slot = named(slots, handle);
-    return slot && is_named(atomic_load_explicit(&slot->word, memory_order_acquire), handle) ? slot
-                                                                                             : NULL;
 }
 
 void fab_slot_ref(void *item)

@@ -42,6 +42,7 @@
 #define LOCAL_ACCEPTS 16                     /* of one sweep */
 #define LOCAL_EVENTS 32                      /* epoll events of one sweep */
 #define LOCAL_WORK 512                       /* work requests taken and not yet finished */
+#define LOCAL_IMMS_AHEAD (LOCAL_IMMS / 4)    /* how far one look at the peer's ring may reach */
 #define LOCAL_CHUNK (UINT64_C(256) << 10)    /* bytes under one permit */
 #define LOCAL_POST_BYTES (UINT64_C(1) << 20) /* that one post() may copy */
 #define LOCAL_TURN_BYTES (UINT64_C(1) << 20) /* that one poll() may copy */
@@ -170,6 +171,7 @@ struct local_lane {
     uint32_t imm_head;         /* next to take from `in` */
     uint32_t imm_tail;         /* next to fill in `out` */
     uint32_t imm_owed;         /* slots kept for work requests in the queue */
+    uint32_t imm_free;         /* slots before this one are known to be free */
     uint32_t raised, raised_times; /* not yet put: equal ones in a row become one entry */
     bool to_ring;              /* something was put */
     uint32_t mail_seen, mail_sent;

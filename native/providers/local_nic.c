@@ -281,17 +281,17 @@ static bool collect(struct local_nic *nic)
 /* The first set bit at or after `from`, wrapping around, which is then cleared. -1: none. */
 static int take_bit(uint64_t *words, uint32_t count, uint32_t from)
 {
-    uint32_t start = from / 64 % count;
+    uint32_t w = from / 64 < count ? from / 64 : 0;
+    uint64_t mask = ~UINT64_C(0) << (from % 64);
     for (uint32_t k = 0; k <= count; k++) {
-        uint32_t w = (start + k) % count;
-        uint64_t bits = words[w];
-        if (k == 0)
-            bits &= ~UINT64_C(0) << (from % 64);
+        uint64_t bits = words[w] & mask;
         if (bits) {
             int bit = __builtin_ctzll(bits);
             words[w] &= ~(UINT64_C(1) << bit);
             return (int)(w * 64) + bit;
         }
+        mask = ~UINT64_C(0);
+        w = w + 1 < count ? w + 1 : 0;
     }
     return -1;
 }
@@ -300,15 +300,18 @@ static int take_bit(uint64_t *words, uint32_t count, uint32_t from)
 static int run_lanes(struct local_nic *nic, int budget)
 {
     uint64_t todo[LOCAL_WORDS];
-    memcpy(todo, nic->pending, sizeof todo);
-    memset(nic->pending, 0, sizeof nic->pending);
+    uint32_t words = nic->words; /* most engines use one of them */
+    for (uint32_t w = 0; w < words; w++) {
+        todo[w] = nic->pending[w];
+        nic->pending[w] = 0;
+    }
     int n = 0, bit;
-    while (n < budget && nic->allowance && (bit = take_bit(todo, nic->words, nic->cursor)) >= 0) {
+    while (n < budget && nic->allowance && (bit = take_bit(todo, words, nic->cursor)) >= 0) {
         nic->cursor = (uint32_t)bit + 1;
         if (nic->lanes[bit]) /* a peer may ring for what is not there */
             n += fab_local_lane_turn(nic->lanes[bit], budget - n);
     }
-    for (uint32_t w = 0; w < nic->words; w++)
+    for (uint32_t w = 0; w < words; w++)
         nic->pending[w] |= todo[w];
     return n;
 }

@@ -36,10 +36,21 @@ static void completed(struct local_lane *lane, const struct fab_wr *wr, int stat
 
 /* ---- immediates ---- */
 
-static bool slot_free(const struct local_lane *lane)
+/* The peer empties slots in order, so where one is free those before it are, up to our tail. Each look is
+ * at a line that the peer wrote last: one far ahead spares many of them. */
+static bool slot_free(struct local_lane *lane)
 {
     uint32_t index = lane->imm_tail + lane->imm_owed + (lane->raised_times ? 1 : 0);
-    return fab_local_imm_free(lane->out, index);
+    if ((int32_t)(lane->imm_free - index) > 0)
+        return true;
+    uint32_t far = index + LOCAL_IMMS_AHEAD - 1;
+    if (fab_local_imm_free(lane->out, far))
+        lane->imm_free = far + 1;
+    else if (fab_local_imm_free(lane->out, index))
+        lane->imm_free = index + 1;
+    else
+        return false;
+    return true;
 }
 
 /* Room for one more entry. If there is none, the peer rings our bell when it has made some. */

@@ -467,6 +467,8 @@ int fab_local_serve(struct local_lane *lane)
     struct local_nic *nic = fab_local_nic(lane);
     struct step steps[LOCAL_IOVECS];
     int n = 0;
+    if (!fab_local_pull_is(lane->in, lane->served, LOCAL_PULL_POSTED))
+        return 0;
     while (nic->allowance && !lane->fault) {
         int count = gather(lane, steps);
         if (!count)
