@@ -10,14 +10,16 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
 import pytest
 
-from fabric import FabricError, InvalidArgument, WireError
+from fabric import FabricError, InvalidArgument, TransferEngine, WireError
 from fabric.bench import OPS, Case
+from fabric.bench._burst import Burst
 from fabric.bench._case import paint, wrong_pages
 from fabric.bench._ends import Set
 from fabric.bench._link import MAX_BYTES, Link, listen
@@ -296,6 +298,17 @@ def test_programs_say_what_is_wrong() -> None:
     done = subprocess.run([raw_program()], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage: _raw KIND" in done.stderr
+
+
+def test_a_burst_from_another_process() -> None:
+    with TransferEngine("local") as engine, contextlib.closing(Burst()) as burst:
+        counter = engine.counter()
+        for total in (10, 20):
+            before = time.monotonic_ns()
+            burst.begin(engine.address, counter.id, 10)
+            counter.wait(total, timeout=30)
+            assert before < burst.last() < time.monotonic_ns()
+        assert counter.value == 20
 
 
 def test_results() -> None:

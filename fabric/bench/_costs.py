@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._engine import TransferEngine
+from ._burst import Burst
 from ._result import microseconds
 
 if TYPE_CHECKING:
@@ -111,27 +113,28 @@ def _value(rig: Rig) -> list[float]:
 
 def _fan_in(rig: Rig) -> list[float]:
     """Time from the call that sends the last of many immediates until the coroutine runs again."""
-    return [asyncio.run(_resumed(rig)) for _ in range(5 * ROUNDS)]
+    return asyncio.run(_resumes(rig))
 
 
-async def _resumed(rig: Rig) -> float:
+async def _resumes(rig: Rig) -> list[float]:
+    with contextlib.closing(Burst()) as burst:
+        await _resumed(rig, burst)  # which connects
+        return [await _resumed(rig, burst) for _ in range(5 * ROUNDS)]
+
+
+async def _resumed(rig: Rig, burst: Burst) -> float:
     counter = rig.far.counter()
-    waiting = asyncio.ensure_future(counter.reached(FAN_IN))
-    await asyncio.sleep(0.005)
-    loop = asyncio.get_running_loop()
-    sent = 0
 
-    def send() -> None:
-        nonlocal sent
-        for _ in range(FAN_IN):
-            sent = time.perf_counter_ns()
-            rig.near.write_imm(rig.far.address, counter.id)
+    async def awaits() -> int:
+        await counter.reached(FAN_IN)
+        return time.monotonic_ns()
 
-    await loop.run_in_executor(None, send)
-    await waiting
-    resumed = time.perf_counter_ns()
+    waiting = asyncio.ensure_future(awaits())
+    await asyncio.sleep(0.005)  # the loop and the worker sleep
+    burst.begin(rig.far.address, counter.id, FAN_IN)
+    resumed = await asyncio.wait_for(waiting, WAIT_SECONDS)
     counter.close()
-    return (resumed - sent) / 1e3
+    return (resumed - burst.last()) / 1e3
 
 
 def _idle(rig: Rig) -> list[float]:
