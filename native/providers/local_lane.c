@@ -12,7 +12,6 @@
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
@@ -51,6 +50,20 @@ static int free_bit(const struct local_nic *nic)
 
 static void release(struct local_lane *lane);
 
+/* Most of a lane is its queue of work, which an idle one never touches: from the kernel, page by page, it costs
+ * three pages instead of thirteen. (calloc() writes zeros over memory that it has used before.) */
+static struct local_lane *map_lane(void)
+{
+    void *at = mmap(NULL, sizeof(struct local_lane), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static void unmap_lane(struct local_lane *lane)
+{
+    munmap(lane, sizeof *lane);
+}
+
 static int new_lane(struct local_nic *nic, struct local_lane **out)
 {
     int bit = free_bit(nic);
@@ -58,7 +71,7 @@ static int new_lane(struct local_nic *nic, struct local_lane **out)
         fab_fail_text("all %d lanes of %s are in use", LOCAL_LANES, nic->base.info.name);
         return -ENOSPC;
     }
-    struct local_lane *lane = calloc(1, sizeof *lane);
+    struct local_lane *lane = map_lane();
     if (!lane)
         return -ENOMEM;
     lane->base.nic = &nic->base;
@@ -70,13 +83,13 @@ static int new_lane(struct local_nic *nic, struct local_lane **out)
     lane->end = (struct local_end){.sock = -1, .pidfd = -1};
     lane->in_fd = lane->staging_fd = -1;
     if (getrandom(&lane->nonce, sizeof lane->nonce, 0) != (ssize_t)sizeof lane->nonce) {
-        free(lane);
+        unmap_lane(lane);
         return -EIO;
     }
     void *map;
     int rc = fab_local_share("llm-fabric inbox", sizeof *lane->in, &map, &lane->in_fd);
     if (rc) {
-        free(lane);
+        unmap_lane(lane);
         return rc;
     }
     lane->in = map;
@@ -495,7 +508,7 @@ static void release(struct local_lane *lane)
     fab_local_unmap(lane->bell, sizeof *lane->bell);
     nic->lanes[lane->bit] = NULL;
     nic->pending[lane->bit / 64] &= ~(UINT64_C(1) << (lane->bit % 64));
-    free(lane);
+    unmap_lane(lane);
 }
 
 int fab_local_lane_close(struct fab_lane *base)
