@@ -17,20 +17,25 @@ import msgpack
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from fabric import FabricError, InvalidArgument, TransferEngine, WireError
 from fabric.bench import OPS, Case
 from fabric.bench._burst import Burst
+=======
+from fabric import FabricError, InvalidArgument, WireError
+from fabric.bench import OPS, Case, _costs
+>>>>>>> 7f7b854 (make bench: submission to the first work request, 2 to 256 peers, memory of an idle peer, queued pages, wakes of an event loop)
 from fabric.bench._case import paint, wrong_pages
 from fabric.bench._ends import Set
 from fabric.bench._link import MAX_BYTES, Link, listen
 from fabric.bench._loopback import Loopback
-from fabric.bench._program import Program, raw, raw_program
+from fabric.bench._program import Program, mock_nic, raw, raw_program
 from fabric.bench._result import Result, median, percentile, total
-from fabric.bench._targets import Target, bandwidth_targets, cost_targets, latency_targets
+from fabric.bench._targets import Target, all_targets, in_turns
 
 if TYPE_CHECKING:
     import pathlib
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SHORT = 0.05
 KIB = 1024
@@ -261,7 +266,7 @@ def test_a_malformed_case_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["memcpy", "engine"])
 @pytest.mark.parametrize("op", ["write", "pages"])
 def test_programs_without_python(kind: str, op: str) -> None:
-    options = {} if kind == "memcpy" else {"provider": "local"}
+    options: dict[str, Any] = {} if kind == "memcpy" else {"provider": "local"}
     pages = 8 if op == "pages" else 1
     with contextlib.closing(raw(kind, op, 4096, pages=pages, walk=1 << 20, **options)) as program:
         assert program.about
@@ -289,7 +294,7 @@ def slow_program() -> None:
 
 
 def test_programs_say_what_is_wrong() -> None:
-    with pytest.raises(FabricError, match="engine: write pages imm roundtrip"):
+    with pytest.raises(FabricError, match="submit: write"):
         raw("memcpy", "teleport", 8)
     with pytest.raises(FabricError, match="no answer within 0 s"):
         slow_program()
@@ -330,8 +335,87 @@ def test_targets_are_met_or_missed() -> None:
     assert not at_least.met(0.949)
     assert at_most.met(1.049)
     assert not at_most.met(1.051)
-    names = [t.name for t in (*bandwidth_targets(), *latency_targets(), *cost_targets())]
+    names = [t.name for t in all_targets()]
     assert len(names) == len(set(names)) > 20
+    assert max(map(len, names)) <= 58  # or the table would be out of line
+
+
+def test_contenders_take_turns() -> None:
+    order = []
+
+    def contender(name: str, took: float) -> Callable[[float], Result]:
+        def run(seconds: float) -> Result:
+            order.append(name)
+            return Result(p50_us=took)
+
+        return run
+
+    ratios = in_turns(contender("a", 3.0), contender("b", 2.0), lambda one: one.p50_us or 0.0)
+    assert set(ratios) == {1.5}
+    assert "".join(order).startswith("ababba")
+    assert order.count("a") == order.count("b") == len(ratios) + 1
+
+
+@pytest.mark.parametrize("over", ["local", "sim"])
+def test_one_engine_writes_to_many(over: str) -> None:
+    with contextlib.closing(raw("crowd", "write", 64, provider=over, peers=20)) as program:
+        assert "20 peers" in program.about
+        result = program.run(SHORT)
+        assert result.nbytes == result.iters * 64 > 0
+        assert result.p50_us is not None
+        assert result.p50_us > 0
+
+
+def test_a_peer_that_idles_takes_little_memory() -> None:
+    with (
+        contextlib.closing(raw("crowd", "write", 8, provider="local", peers=34)) as many,
+        contextlib.closing(raw("crowd", "write", 8, provider="local", peers=2)) as few,
+    ):
+        each = (many.resident() - few.resident()) / 32
+        # Its slot in the table of peers and its rings are some pages at least.
+        assert 8 * KIB < each <= 64 * KIB
+
+
+@pytest.mark.parametrize("over", ["local", "verbs"])
+def test_submission_to_first_work_request(over: str) -> None:
+    env = mock_nic() if over == "verbs" else None
+    with contextlib.closing(raw("submit", "write", 8, env=env, provider=over)) as program:
+        assert ("mock" in program.about) == (over == "verbs")
+        result = program.run(SHORT)
+        assert result.p50_us is not None  # some were posted inline
+        assert result.p50_us < 1e6 * result.seconds / result.iters  # which is one part of all
+
+
+def test_the_mock_nic_is_what_times_a_submission_on_verbs() -> None:
+    with pytest.raises(FabricError):
+        raw("submit", "write", 8, env={"FABRIC_LIBIBVERBS": "/nonexistent"}, provider="verbs")
+
+
+def test_an_event_loop_wakes_once_for_a_thousand_immediates() -> None:
+    with contextlib.closing(_costs.Rig()) as rig:
+        assert [_costs.wakes_of_fan_in(rig) for _ in range(5)] == [1] * 5
+
+
+def test_wakes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event loop that is woken for each of two counters wakes up twice."""
+    real = _costs._resumed
+
+    async def twice(rig: _costs.Rig) -> float:
+        await real(rig)
+        return await real(rig)
+
+    monkeypatch.setattr(_costs, "_resumed", twice)
+    with contextlib.closing(_costs.Rig()) as rig:
+        assert _costs.wakes_of_fan_in(rig) == 2
+
+
+def test_pages_are_queued_behind_a_large_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(_costs.Rig()) as rig:
+        monkeypatch.setattr(_costs, "QUEUED", 20)
+        assert _costs._queued(rig) > 0
+        monkeypatch.setattr(_costs, "BUSY_WRITES", 0)
+        with pytest.raises(FabricError, match="never at work"):
+            _costs._queued(rig)
 
 
 def test_a_port_that_is_taken() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from .._errors import FabricError, InvalidArgument
 from ._case import MAX_BYTES, OPS, ROUND_TRIPS, VERIFIED, Case
@@ -211,10 +212,10 @@ def _start_baseline(options: argparse.Namespace, case: Case) -> Program | None:
     provider = _baseline_of(options)
     if provider is None:
         return None
-    sizes = {"pages": case.call_pages, "walk": case.size}
+    sizes: dict[str, Any] = {"pages": case.call_pages, "walk": case.size}
     if provider == "local":
         return raw("memcpy", RAW_OPS[case.op], case.nbytes, **sizes)
-    more = {"window": case.window, "provider": provider, "delivery": True}
+    more: dict[str, Any] = {"window": case.window, "provider": provider, "delivery": True}
     return raw("ofi", RAW_OPS[case.op], case.nbytes, **more, **sizes)
 
 

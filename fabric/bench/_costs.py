@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._engine import TransferEngine
+from .._errors import FabricError
 from ._burst import Burst
 from ._result import microseconds
 
@@ -22,6 +25,10 @@ CALLS = 5000
 ROUNDS = 9
 FAN_IN = 1000
 IDLE_SECONDS = 3.0
+QUEUED = 500
+"""Calls of one round that find the worker at work."""
+BUSY_WRITES = 200
+"""Large writes that may be made for them."""
 PAGES = 1024
 MIB = 1 << 20
 WAIT_SECONDS = 10.0
@@ -102,6 +109,33 @@ def _pages_inline(rig: Rig) -> list[float]:
     return _pages(rig, 8)
 
 
+def _pages_queued(rig: Rig) -> list[float]:
+    """Time calls while the worker copies a large write: they are queued behind it."""
+    return [_queued(rig) for _ in range(ROUNDS)]
+
+
+def _queued(rig: Rig) -> float:
+    d, write, now = rig.target.descriptor, rig.near.write_pages, time.perf_counter_ns
+    pages = np.random.default_rng(0).permutation(PAGES).astype(np.int32)
+    times: list[int] = []
+    for _ in range(BUSY_WRITES):
+        busy = rig.near.write(rig.source, d, length=64 * MIB)
+        queued: list[Transfer] = []
+        while len(times) < QUEUED:
+            before = now()
+            transfer = write(rig.source, d, pages, pages, page_bytes=8)
+            spent = now() - before
+            if busy.done():
+                break
+            times.append(spent)
+            queued.append(transfer)
+        for transfer in (*queued, busy):
+            transfer.wait(WAIT_SECONDS)
+        if len(times) == QUEUED:
+            return microseconds(times, 0.5) or 0.0
+    raise FabricError("the worker was never at work for long enough")
+
+
 def _satisfied_wait(rig: Rig) -> list[float]:
     return rounds(lambda: rig.counter.wait(0))
 
@@ -109,6 +143,40 @@ def _satisfied_wait(rig: Rig) -> list[float]:
 def _value(rig: Rig) -> list[float]:
     counter = rig.counter
     return rounds(lambda: counter.value)
+
+
+class CountingSelector(selectors.DefaultSelector):
+    """Counts how often an event loop woke up for a file descriptor that is not the loop's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: frozenset[int] = frozenset()
+        self.wakes = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Look, as the base class does."""
+        ready = super().select(timeout)
+        self.wakes += any(key.fd not in self.own for key, _ in ready)
+        return ready
+
+    def keep(self, registered: Mapping[Any, selectors.SelectorKey]) -> None:
+        """Take what is registered now as the loop's own."""
+        self.own = frozenset(key.fd for key in registered.values())
+
+
+def wakes_of_fan_in(rig: Rig) -> int:
+    """Return how often an event loop wakes up for a wait that many immediates fulfil."""
+    selector = CountingSelector()
+    with closing(asyncio.SelectorEventLoop(selector)) as loop:
+        selector.keep(selector.get_map())
+        loop.run_until_complete(asyncio.wait_for(_resumed(rig), WAIT_SECONDS))
+        loop.run_until_complete(loop.shutdown_default_executor())
+    return selector.wakes
+
+
+def _fan_in_wakes(rig: Rig) -> list[float]:
+    """Return the worst of several: none may wake the loop twice."""
+    return [float(max(wakes_of_fan_in(rig) for _ in range(5 * ROUNDS)))]
 
 
 def _fan_in(rig: Rig) -> list[float]:
@@ -148,8 +216,10 @@ def _idle(rig: Rig) -> list[float]:
 COSTS = (
     Cost("Python, write (receiver awake), p50", "us", 0.8, _write),
     Cost("Python, write_pages of 1024 x 8 B, p50", "us", 10.0, _pages_inline),
+    Cost("Python, write_pages of 1024, queued behind others, p50", "us", 3.0, _pages_queued),
     Cost("Python, satisfied counter.wait, p50", "us", 0.3, _satisfied_wait),
     Cost("Python, counter.value, p50", "us", 0.1, _value),
     Cost("asyncio, last of 1000 immediates to coroutine, p50", "us", 40.0, _fan_in),
+    Cost("asyncio, wakes of the loop for 1000 immediates, worst", "", 1.0, _fan_in_wakes),
     Cost("idle engine, of a core", "%", 0.1, _idle),
 )

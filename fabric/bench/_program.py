@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import select
 import subprocess
@@ -70,6 +71,19 @@ class Program:
             p999_us=answer.get("p999_us"),
         )
 
+    def resident(self) -> int:
+        """Return the bytes of its memory that are there, those shared with others included.
+
+        Raises:
+            FabricError: the system does not tell.
+        """
+        try:
+            path = pathlib.Path(f"/proc/{self._process.pid}/smaps_rollup")
+            lines = path.read_text(encoding="ascii").splitlines()
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+        except (OSError, StopIteration):
+            raise FabricError(f"no memory of process {self._process.pid} in /proc") from None
+
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
@@ -105,13 +119,28 @@ class Program:
         return lines[-1] if lines else f"it ended with status {self._process.returncode}"
 
 
-def raw(kind: str, op: str, nbytes: int, **options: Any) -> Program:
-    """Start one of our programs: without an engine (memcpy, ofi), or without Python (engine).
+def mock_nic() -> dict[str, str]:
+    """Return an environment in which `verbs` has one NIC, which costs next to nothing.
+
+    Raises:
+        FabricError: this is no editable install of a checkout, which alone has it.
+    """
+    path = raw_program().with_name("libmock_verbs.so")
+    if not path.exists():
+        raise FabricError("the mock NIC is part of a checkout (make setup) only")
+    return {**os.environ, "FABRIC_LIBIBVERBS": str(path)}
+
+
+def raw(
+    kind: str, op: str, nbytes: int, *, env: dict[str, str] | None = None, **options: Any
+) -> Program:
+    """Start one of our programs: without an engine (memcpy, ofi), or without Python (the others).
 
     Args:
         kind: the program.
         op: what it runs.
         nbytes: of one write or page.
+        env: its environment; None: ours.
         options: as the program's arguments; True for a flag, None and False for none.
 
     Raises:
@@ -126,4 +155,4 @@ def raw(kind: str, op: str, nbytes: int, **options: Any) -> Program:
             command.append(f"--{name}")
         elif value is not None and value is not False:
             command += [f"--{name}", str(value)]
-    return Program(command)
+    return Program(command, env)

@@ -16,7 +16,7 @@ from ._case import Case
 from ._costs import COSTS, Rig
 from ._ends import Set
 from ._loopback import Loopback
-from ._program import Program, raw
+from ._program import Program, mock_nic, raw
 from ._report import Progress, header
 from ._result import Result, median
 
@@ -24,8 +24,15 @@ PAIRS = 9
 SLICE_SECONDS = 0.2
 TOLERANCE = 0.05
 COLD = 1 << 28
+CROWD = {"local": 256, "sim": 255}
+"""Peers of one engine, where it has many; a simulated world has 256 NICs, the writer's included."""
+FEW = 2
 MIB = 1 << 20
 KIB = 1 << 10
+
+
+Run = Callable[[float], Result]
+"""Runs a contender for so many seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +68,21 @@ def check_targets() -> int:
     missed = 0
     progress = Progress()
     try:
-        for target in (*bandwidth_targets(), *latency_targets(), *cost_targets()):
+        for target in all_targets():
             progress.show(target.name)
             missed += not _check(target, progress)
     except KeyboardInterrupt:
         return 130
     print(f"{missed} missed" if missed else "all targets met")
     return 1 if missed else 0
+
+
+def all_targets() -> Iterator[Target]:
+    """Return all of them, in the order in which they are checked."""
+    yield from bandwidth_targets()
+    yield from latency_targets()
+    yield from crowd_targets()
+    yield from cost_targets()
 
 
 def _check(target: Target, progress: Progress) -> bool:
@@ -102,18 +117,23 @@ def _ratios(
     far = dataclasses.replace(near, foreign=foreign)
     with closing(Loopback(near, far)) as ours, closing(baseline()) as theirs:
         ours.set_up(case)
-        ours.run(SLICE_SECONDS)
-        theirs.run(SLICE_SECONDS)
-        ratios = []
-        for turn in range(PAIRS):
-            if turn % 2:
-                b = value(theirs.run(SLICE_SECONDS))
-                a = value(ours.run(SLICE_SECONDS))
-            else:
-                a = value(ours.run(SLICE_SECONDS))
-                b = value(theirs.run(SLICE_SECONDS))
-            ratios.append(a / b)
-        return ratios
+        return in_turns(ours.run, theirs.run, value)
+
+
+def in_turns(ours: Run, theirs: Run, value: Callable[[Result], float]) -> list[float]:
+    """Run both by turns; returns ours divided by theirs for each pair."""
+    ours(SLICE_SECONDS)
+    theirs(SLICE_SECONDS)
+    ratios = []
+    for turn in range(PAIRS):
+        if turn % 2:
+            b = value(theirs(SLICE_SECONDS))
+            a = value(ours(SLICE_SECONDS))
+        else:
+            a = value(ours(SLICE_SECONDS))
+            b = value(theirs(SLICE_SECONDS))
+        ratios.append(a / b)
+    return ratios
 
 
 def _bandwidth(one: Result) -> float:
@@ -209,6 +229,14 @@ def _tcp_round_trip() -> list[float]:
     return _ratios(Case("latency", 8), "tcp", baseline, _latency)
 
 
+def _submit(provider: str) -> list[float]:
+    """Return how long it takes from submission to the first work request, see raw_submit.c."""
+    env = mock_nic() if provider == "verbs" else None
+    with closing(raw("submit", "write", 8, env=env, provider=provider)) as program:
+        program.run(SLICE_SECONDS)
+        return [program.run(SLICE_SECONDS).p50_us or 0.0 for _ in range(PAIRS)]
+
+
 def latency_targets() -> Iterator[Target]:
     """Return the targets for round trips and rates."""
     two = (Set("local", cpu=0), Set("local", cpu=1))
@@ -218,11 +246,55 @@ def latency_targets() -> Iterator[Target]:
     yield Target(f"{trip}, Python, p99", "us", 5.0, False, lambda: _round_trip(*two, "p99_us"))
     yield Target(f"{trip}, one core, p50", "us", 10.0, False, lambda: _round_trip(*one, "p50_us"))
     yield Target(f"{trip}, C, p50", "us", 0.6, False, lambda: _c_round_trip("0,1"))
+    for provider, name in (("verbs", "verbs on a mock NIC"), ("local", "local")):
+
+        def submit(provider: str = provider) -> list[float]:
+            return _submit(provider)
+
+        first = f"{name}, submit to first work request (C), p50"
+        yield Target(first, "us", 0.5, False, submit)
     yield Target("local, immediates, one by one (C)", "M/s", 8.0, True, lambda: _rate("imm", 1))
     yield Target(
         "local, immediates, pages of 8 B (C)", "M/s", 30.0, True, lambda: _rate("pages", 1024)
     )
     yield Target("tcp, 8 B there and back, p50, to libfabric", "x", 1.2, False, _tcp_round_trip)
+
+
+# ---- many peers ----
+
+
+def _crowd(provider: str, peers: int) -> Program:
+    return raw("crowd", "write", 8, provider=provider, peers=peers)
+
+
+def write_in_a_crowd(provider: str) -> list[float]:
+    """Return what a write takes where there are many peers, divided by what it takes with few."""
+    with (
+        closing(_crowd(provider, CROWD[provider])) as many,
+        closing(_crowd(provider, FEW)) as few,
+    ):
+        return in_turns(many.run, few.run, _latency)
+
+
+def memory_of_peer() -> list[float]:
+    """Return the KiB of memory that a peer takes which is connected and was written to once."""
+    with closing(_crowd("local", CROWD["local"])) as many, closing(_crowd("local", FEW)) as few:
+        more = many.resident() - few.resident()
+        return [more / KIB / (CROWD["local"] - FEW)]
+
+
+def crowd_targets() -> Iterator[Target]:
+    """Return the targets for an engine with many peers."""
+    for provider, peers in CROWD.items():
+
+        def measure(provider: str = provider) -> list[float]:
+            return write_in_a_crowd(provider)
+
+        name = f"{provider}, write with {peers} peers, to {FEW} (C), p50"
+        yield Target(name, "x", 1.1, False, measure)
+    yield Target(
+        "local, memory of an idle peer, without page tables", "K", 64, False, memory_of_peer
+    )
 
 
 # ---- costs ----

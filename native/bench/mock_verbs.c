@@ -8,15 +8,20 @@
  *   each other by number, whichever engine of the process opened them.
  * - Nothing is ever lost, late or refused. What only a bug could ask for (a queue that overruns, an
  *   immediate for which no receive is posted) ends the program.
- * - One thread posts and polls. ibv_create_ah() and ibv_modify_qp() may be called by another one.
+ * - One call posts or polls at a time; the others wait. ibv_create_ah() and ibv_modify_qp() may be called
+ *   by any thread.
+ * - mock_posted_ns tells when ibv_post_send() was called first since somebody made it 0 (raw_submit.c).
  * - Nothing is freed but by the end of the process.
  */
 #include <endian.h>
 #include <infiniband/verbs.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 
 #undef ibv_query_port
 
@@ -46,6 +51,9 @@ struct mock_qp {
     struct receives own, *receives;
 };
 
+_Atomic int64_t mock_posted_ns;
+
+static pthread_mutex_t data_path = PTHREAD_MUTEX_INITIALIZER;
 static struct mock_qp *qps[QPS]; /* by number */
 static uint32_t qp_count = 1;
 static struct ibv_device the_device = {.name = "mock0"};
@@ -120,11 +128,24 @@ static void carry_out(struct mock_qp *qp, const struct ibv_send_wr *wr)
         complete(qp->base.send_cq, &wc);
 }
 
+static void note_posted(void)
+{
+    struct timespec t;
+    if (atomic_load_explicit(&mock_posted_ns, memory_order_relaxed))
+        return;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    atomic_store_explicit(&mock_posted_ns, (int64_t)t.tv_sec * 1000000000 + t.tv_nsec,
+                          memory_order_relaxed);
+}
+
 static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad)
 {
     (void)bad;
+    note_posted();
+    pthread_mutex_lock(&data_path);
     for (; wr; wr = wr->next)
         carry_out((struct mock_qp *)qp, wr);
+    pthread_mutex_unlock(&data_path);
     return 0;
 }
 
@@ -141,14 +162,18 @@ static void add_receives(struct receives *r, const struct ibv_recv_wr *wr)
 static int post_recv(struct ibv_qp *qp, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
 {
     (void)bad;
+    pthread_mutex_lock(&data_path);
     add_receives(&((struct mock_qp *)qp)->own, wr);
+    pthread_mutex_unlock(&data_path);
     return 0;
 }
 
 static int post_srq_recv(struct ibv_srq *srq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
 {
     (void)bad;
+    pthread_mutex_lock(&data_path);
     add_receives(&((struct mock_srq *)srq)->receives, wr);
+    pthread_mutex_unlock(&data_path);
     return 0;
 }
 
@@ -156,8 +181,10 @@ static int poll_cq(struct ibv_cq *cq, int most, struct ibv_wc *out)
 {
     struct mock_cq *mock = (struct mock_cq *)cq;
     int n = 0;
+    pthread_mutex_lock(&data_path);
     while (n < most && mock->head != mock->tail)
         out[n++] = mock->ring[mock->head++ % CQ_PLACES];
+    pthread_mutex_unlock(&data_path);
     return n;
 }
 

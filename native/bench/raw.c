@@ -18,7 +18,8 @@
 
 #define LINE_BYTES 128
 
-static const struct raw_kind *const kinds[] = {&raw_memcpy, &raw_ofi, &raw_engine};
+static const struct raw_kind *const kinds[] = {&raw_memcpy, &raw_ofi, &raw_engine, &raw_crowd,
+                                               &raw_submit};
 static pid_t child;
 
 void raw_fail(const char *format, ...)
@@ -163,7 +164,7 @@ __attribute__((noreturn)) static void usage(const char *why, const char *what)
     fprintf(stderr,
             "_raw: %s%s\n"
             "usage: _raw KIND --op OP [--bytes N] [--pages N] [--window N] [--walk BYTES]\n"
-            "            [--provider NAME] [--delivery] [--cpus A,B]\n",
+            "            [--provider NAME] [--delivery] [--cpus A,B] [--peers N]\n",
             why, what);
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         fprintf(stderr, "  %s: %s\n", kinds[i]->name, kinds[i]->ops);
@@ -186,10 +187,11 @@ static uint64_t number(const char *text, uint64_t low, uint64_t high)
 
 static void parse(int argc, char **argv, struct raw_options *o)
 {
-    static const struct option names[] = {
-        {"op", 1, NULL, 'o'},       {"bytes", 1, NULL, 'b'}, {"pages", 1, NULL, 'p'},
-        {"window", 1, NULL, 'w'},   {"walk", 1, NULL, 'k'},  {"provider", 1, NULL, 'r'},
-        {"delivery", 0, NULL, 'd'}, {"cpus", 1, NULL, 'c'},  {NULL, 0, NULL, 0}};
+    static const struct option names[] = {{"op", 1, NULL, 'o'},       {"bytes", 1, NULL, 'b'},
+                                          {"pages", 1, NULL, 'p'},    {"window", 1, NULL, 'w'},
+                                          {"walk", 1, NULL, 'k'},     {"provider", 1, NULL, 'r'},
+                                          {"delivery", 0, NULL, 'd'}, {"cpus", 1, NULL, 'c'},
+                                          {"peers", 1, NULL, 'n'},    {NULL, 0, NULL, 0}};
     int c;
     while ((c = getopt_long(argc, argv, "", names, NULL)) != -1) {
         if (c == 'o')
@@ -206,6 +208,8 @@ static void parse(int argc, char **argv, struct raw_options *o)
             o->provider = optarg;
         else if (c == 'd')
             o->delivery = true;
+        else if (c == 'n')
+            o->peers = (uint32_t)number(optarg, 1, RAW_PEERS);
         else if (c != 'c')
             exit(2);
         else if (sscanf(optarg, "%d,%d", &o->cpus[0], &o->cpus[1]) != 2)
@@ -236,8 +240,13 @@ int main(int argc, char **argv)
 {
     static struct raw_result result;
     const struct raw_kind *kind = find(argc, argv);
-    struct raw_options o = {
-        .op = "", .provider = "tcp", .bytes = 8, .pages = 1, .window = 1, .cpus = {-1, -1}};
+    struct raw_options o = {.op = "",
+                            .provider = "tcp",
+                            .bytes = 8,
+                            .pages = 1,
+                            .window = 1,
+                            .peers = 1,
+                            .cpus = {-1, -1}};
     parse(argc - 1, argv + 1, &o);
     if (!has_op(kind, o.op))
         usage("no such op: ", o.op);
@@ -256,7 +265,9 @@ int main(int argc, char **argv)
         print_result(&result);
     }
     kind->close();
-    kill(child, SIGKILL);
-    waitpid(child, NULL, 0);
+    if (child) {
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+    }
     return 0;
 }

@@ -1,4 +1,4 @@
-/* What the benchmark measures us against: programs of two processes without our engine in them, and one
+/* What the benchmark measures us against: programs of two processes without our engine in them, and some
  * without Python. `fabric bench` starts them as `_raw KIND --op OP ...`.
  *
  * Contract
@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define RAW_PEERS 1000
 #define RAW_SAMPLES (1u << 18) /* latencies kept of one run; later ones replace random ones */
 
 struct raw_options {
@@ -23,6 +24,7 @@ struct raw_options {
     uint32_t window; /* calls under way */
     uint64_t walk; /* bytes of the buffer that calls go through in turn */
     bool delivery; /* a write is complete when it is in the target's memory */
+    uint32_t peers; /* that one engine writes to */
     int cpus[2]; /* of the two processes; -1: any */
 };
 
@@ -42,7 +44,7 @@ struct raw_kind {
     void (*close)(void);
 };
 
-extern const struct raw_kind raw_memcpy, raw_ofi, raw_engine;
+extern const struct raw_kind raw_memcpy, raw_ofi, raw_engine, raw_crowd, raw_submit;
 
 __attribute__((format(printf, 1, 2), noreturn)) void raw_fail(const char *format, ...);
 int64_t raw_now(void);

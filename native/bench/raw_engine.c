@@ -1,21 +1,9 @@
 /* Our engine without Python: what the C interface itself takes. */
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "fabric.h"
-#include "raw.h"
-
-#define SPIN_US 50
-#define TIMEOUT_NS INT64_C(10000000000)
-
-struct far {
-    fab_engine_info info;
-    fab_nic_info nic;
-    fab_region_info region;
-    int64_t id;
-};
+#include "raw_far.h"
 
 static struct {
     fab_engine *engine;
@@ -25,48 +13,27 @@ static struct {
     int link;
 } raw;
 
-static int64_t must(int64_t rc)
-{
-    if (rc < 0)
-        raw_fail("%s", fab_error_text());
-    return rc;
-}
-
 static void exchange(void)
 {
-    struct far here, far;
-    must(fab_engine_get_info(raw.engine, &here.info));
-    must(fab_engine_nic(raw.engine, 0, &here.nic));
-    must(fab_region_get_info(raw.engine, raw.region, &here.region));
-    raw.counter = must(fab_counter_open(raw.engine, -1, 1));
-    here.id = must(fab_counter_id(raw.engine, raw.counter));
+    struct raw_far here, far;
+    raw_describe(raw.engine, raw.region, &here);
+    raw.counter = raw_must(fab_counter_open(raw.engine, -1, 1));
+    here.id = raw_must(fab_counter_id(raw.engine, raw.counter));
     raw_put(raw.link, &here, sizeof here);
     raw_get(raw.link, &far, sizeof far);
-    fab_peer_address address = {.label = far.info.label, .nic_count = 1, .nics = &far.nic};
-    memcpy(address.id, far.info.id, sizeof address.id);
-    raw.peer = must(fab_peer_add(raw.engine, &address));
-    fab_descriptor d = {.region = far.region.region,
-                        .secret = far.region.secret,
-                        .length = far.region.length,
-                        .kind = far.region.kind,
-                        .device = far.region.device,
-                        .key_count = far.region.key_count,
-                        .keys = far.region.keys};
-    raw.remote = must(fab_remote_add(raw.engine, raw.peer, &d));
+    raw.remote = raw_meet(raw.engine, &far, &raw.peer);
     raw.far_id = far.id;
 }
 
 static void finish(int64_t transfer)
 {
-    if (must(transfer) == FAB_DONE)
-        return;
-    must(fab_transfer_wait(raw.engine, transfer, TIMEOUT_NS));
-    must(fab_transfer_release(raw.engine, transfer));
+    raw_finish(raw.engine, transfer);
 }
 
 static void wait_count(uint64_t target)
 {
-    must(fab_counter_wait(raw.engine, raw.counter, 0, &target, 1, TIMEOUT_NS, NULL, 0, NULL));
+    raw_must(
+        fab_counter_wait(raw.engine, raw.counter, 0, &target, 1, RAW_TIMEOUT_NS, NULL, 0, NULL));
     raw.arrived = target;
 }
 
@@ -74,7 +41,7 @@ static void write_once(const struct raw_options *o)
 {
     uint64_t offset = raw.at * o->bytes;
     finish(fab_write(raw.engine, raw.region, offset, raw.remote, offset, o->bytes, raw.far_id, 0,
-                     TIMEOUT_NS));
+                     RAW_TIMEOUT_NS));
     raw.at = raw.at + 1 < raw.count ? raw.at + 1 : 0;
 }
 
@@ -84,13 +51,13 @@ static void write_pages(const struct raw_options *o)
         raw.at = 0;
     finish(fab_write_pages(raw.engine, raw.region, raw.remote, raw.sources + raw.at,
                            raw.destinations + raw.at, o->pages, o->bytes, o->bytes, o->bytes, 0, 0,
-                           raw.far_id, 0, TIMEOUT_NS));
+                           raw.far_id, 0, RAW_TIMEOUT_NS));
     raw.at += o->pages;
 }
 
 static void one_immediate(void)
 {
-    finish(fab_imm(raw.engine, &raw.peer, 1, raw.far_id, 0, TIMEOUT_NS));
+    finish(fab_imm(raw.engine, &raw.peer, 1, raw.far_id, 0, RAW_TIMEOUT_NS));
 }
 
 static void one_call(const struct raw_options *o)
@@ -128,14 +95,8 @@ __attribute__((noreturn)) static void serve(const struct raw_options *o)
 static void open_engine(const struct raw_options *o, char *about, int size)
 {
     bool first = raw_fork(o, &raw.link);
-    fab_engine_config config = {.provider = o->provider,
-                                .spin_us = SPIN_US,
-                                .cpu = o->cpus[!first],
-                                .peer_timeout_ns = TIMEOUT_NS};
-    raw.engine = fab_engine_open(&config);
-    if (!raw.engine)
-        raw_fail("%s", fab_error_text());
-    raw.region = must(fab_region_alloc(raw.engine, o->walk, 0, -1, 1));
+    raw.engine = raw_open_engine(o->provider, NULL, o->cpus[!first]);
+    raw.region = raw_must(fab_region_alloc(raw.engine, o->walk, 0, -1, 1));
     raw.count = o->walk / o->bytes;
     if (raw.count > INT32_MAX)
         raw_fail("more than 2^31 pages to walk");
