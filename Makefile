@@ -17,7 +17,7 @@ C_FILES = $(wildcard native/*.c native/*/*.c native/*/*.h tests/efa/emulator/*.[
 PY_FILES = fabric kvtransfer tests examples
 
 .PHONY: help setup demo test test-softroce test-efa test-sim soak soak-kills chaos mutants instructions sanitize fuzz
-.PHONY: ctest lint format wheel clean distclean bench bench-peers
+.PHONY: ctest lint format wheel clean distclean bench bench-verbs bench-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ fuzz: setup ## libFuzzer on what peers and strangers may send (SECONDS=60 of eac
 
 bench: setup ## the project's targets, each beside what it is measured against (a quiet machine, 3 minutes)
 	@.venv/bin/fabric bench --targets
+
+bench-verbs: setup ## `verbs` beside ib_write_bw of perftest, in the emulated guest (about 8 minutes)
+	@tests/softroce/bench
 
 bench-peers: setup ## beside NIXL and Mooncake, on this machine, by turns (about 13 minutes; ARGS="--help")
 	@scripts/peers

@@ -29,9 +29,10 @@ from fabric.bench._case import paint, wrong_pages
 from fabric.bench._ends import Set
 from fabric.bench._link import MAX_BYTES, Link, listen
 from fabric.bench._loopback import Loopback
+from fabric.bench._perftest import WriteBandwidth, gid_index, parse
 from fabric.bench._program import Program, mock_nic, raw, raw_program
 from fabric.bench._result import Result, median, percentile, total
-from fabric.bench._targets import Target, all_targets, in_turns
+from fabric.bench._targets import Target, all_targets, in_turns, verbs_targets
 
 if TYPE_CHECKING:
     import pathlib
@@ -192,6 +193,7 @@ def test_a_client_that_speaks_something_else_does_not_end_the_server() -> None:
         (["--loopback", "--plot", "rows.jpg"], "must end in .png"),
         (["host", "--loopback"], "leave the host out"),
         (["--targets", "--json", "rows.json"], "--json: no use to --targets"),
+        (["--targets", "--provider", "tcp"], "--targets takes auto (local and tcp) or verbs"),
         (["--op", "pages", "--check"], "--check, --op: no use to a server"),
         (["host", "--foreign"], "--foreign: no use to a client"),
         (["--loopback", "--pages", "5"], "--pages: no use to --op write"),
@@ -335,7 +337,7 @@ def test_targets_are_met_or_missed() -> None:
     assert not at_least.met(0.949)
     assert at_most.met(1.049)
     assert not at_most.met(1.051)
-    names = [t.name for t in all_targets()]
+    names = [t.name for t in (*all_targets(), *verbs_targets())]
     assert len(names) == len(set(names)) > 20
     assert max(map(len, names)) <= 58  # or the table would be out of line
 
@@ -416,6 +418,70 @@ def test_pages_are_queued_behind_a_large_write(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(_costs, "BUSY_WRITES", 0)
         with pytest.raises(FabricError, match="never at work"):
             _costs._queued(rig)
+
+
+PERFTEST = """\
+ #bytes     #iterations    BW peak[MB/sec]    BW average[MB/sec]   MsgRate[Mpps]
+Conflicting CPU frequency values detected: 2100.000000 != 800.000000.
+ {}
+---------------------------------------------------------------------------------------
+"""
+
+
+def test_what_perftest_prints() -> None:
+    large = parse(PERFTEST.format("65536      350      0.00      8.00      0.000128"), 65536)
+    assert (large.iters, large.nbytes) == (350, 350 * 65536)
+    assert large.rate == pytest.approx(128)  # of the 8 MiB, not of the rounded rate
+    small = parse(PERFTEST.format("8      1000      0.02      0.01      0.002500"), 8)
+    assert small.rate == pytest.approx(2500)
+    assert small.seconds == pytest.approx(0.4)
+    for row in ("", "8 1000 0.00 0.00 0.000000", "16 1000 0.02 0.01 0.002500", "8 a b c d"):
+        with pytest.raises(FabricError, match="printed no result"):
+            parse(PERFTEST.format(row), 8)
+
+
+def test_the_gid_that_perftest_is_to_use(tmp_path: pathlib.Path) -> None:
+    port = tmp_path / "rxe0" / "ports" / "1"
+    (port / "gid_attrs" / "types").mkdir(parents=True)
+    (port / "gids").mkdir()
+    assert gid_index("rxe0", tmp_path) is None
+    ipv4 = "0000:0000:0000:0000:0000:ffff:0a09:0001"
+    kinds = (("fe80::1", "RoCE v2"), (ipv4, "IB/RoCE v1"), (ipv4, "RoCE v2"), (ipv4, "RoCE v2"))
+    for index, (gid, kind) in enumerate(kinds):
+        (port / "gids" / str(index)).write_text(gid + "\n")
+        (port / "gid_attrs" / "types" / str(index)).write_text(kind + "\n")
+    assert gid_index("rxe0", tmp_path) == 2
+
+
+FAKE_PERFTEST = """\
+#!{python}
+import socket, sys
+arguments = dict(zip(sys.argv[1:-1], sys.argv[2:]))
+port, size, writes = (int(arguments[name]) for name in ("-p", "-s", "-n"))
+if sys.argv[-1] == "localhost":
+    socket.create_connection(("localhost", port)).close()
+    if arguments["-d"] == "broken":
+        sys.exit("no such device")
+    print(size, writes, "0.00", "64.00", "0.010000")
+else:
+    socket.create_server(("", port)).accept()
+"""
+
+
+def test_perftest_is_run_as_long_as_we_are(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FabricError, match="perftest"):
+        WriteBandwidth("rxe0", "rxe1", 65536, 64).run(0.5)
+    program = tmp_path / "ib_write_bw"
+    program.write_text(FAKE_PERFTEST.format(python=sys.executable))
+    program.chmod(0o755)
+    theirs = WriteBandwidth("rxe0", "rxe1", 65536, 64)
+    assert theirs.run(0.5).iters == 64  # one queue full, to find out how fast it is
+    assert theirs.run(0.5).iters == 512  # half a second's, at 64 MiB/s
+    with pytest.raises(FabricError, match="no such device"):
+        WriteBandwidth("broken", "rxe1", 65536, 64).run(0.5)
 
 
 def test_a_port_that_is_taken() -> None:

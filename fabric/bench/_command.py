@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops = "; ".join(f"{name}: {meaning}" for name, meaning in OPS.items())
     parser.add_argument("host", nargs="?", help="server to measure against; none: be the server")
     parser.add_argument("--loopback", action="store_true", help="start both on this machine")
-    parser.add_argument("--targets", action="store_true", help="check the project's own targets")
+    parser.add_argument(
+        "--targets",
+        action="store_true",
+        help="check the project's own targets; --provider verbs: those of NICs, beside perftest",
+    )
     parser.add_argument(
         "--port", type=int, default=PORT, help="of the server (default %(default)s)"
     )
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if problem:
         parser.error(problem)
     if options.targets:
-        return check_targets()
+        return check_targets(options.provider)
     try:
         settings = Set(options.provider, options.lanes, options.spin_us, foreign=options.foreign)
         if not options.host and not options.loopback:
@@ -101,7 +105,7 @@ def _unused(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str
     if options.host and options.loopback:
         return "--loopback starts the server itself: leave the host out"
     if options.targets:
-        useless, where = given - {"targets"}, "--targets"
+        useless, where = given - {"targets", "provider"}, "--targets"
     elif options.loopback:
         useless, where = given & {"port", "host"}, "--loopback"
     elif options.host:
@@ -132,6 +136,8 @@ def _wrong(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if not low <= value <= high:
             return f"--{name.replace('_', '-')} {value}: it must be from {low} to {high}"
+    if options.targets and options.provider not in ("auto", "verbs"):
+        return f"--provider {options.provider}: --targets takes auto (local and tcp) or verbs"
     if options.plot and options.plot.suffix != ".png":
         return f"--plot {options.plot}: the name must end in .png"
     return None

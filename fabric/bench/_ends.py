@@ -29,6 +29,7 @@ class Set:
     Args:
         provider: as `TransferEngine` takes it.
         lanes: NICs to open, the first ones; 0: the provider's choice.
+        nic: the one NIC to open; None: see `lanes`.
         spin_us: how long a waiter polls before it sleeps.
         cpu: CPU that this process is to run on; None: any.
         foreign: receive into memory that is not from `TransferEngine.alloc`.
@@ -39,6 +40,7 @@ class Set:
     spin_us: int = 50
     cpu: int | None = None
     foreign: bool = False
+    nic: str | None = None
 
     def open(self) -> TransferEngine:
         """Open the engine; the process runs on its CPU from now on.
@@ -54,6 +56,8 @@ class Set:
         return TransferEngine(self.provider, self._nics(), spin_us=self.spin_us)
 
     def _nics(self) -> list[str] | None:
+        if self.nic is not None:
+            return [self.nic]
         if not self.lanes:
             return None
         names = [nic.name for nic in list_nics(self.provider)]

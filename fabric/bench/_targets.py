@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from .._errors import FabricError
+from .._nics import list_nics
 from ._case import Case
 from ._costs import COSTS, Rig
 from ._ends import Set
 from ._loopback import Loopback
+from ._perftest import WriteBandwidth
 from ._program import Program, mock_nic, raw
 from ._report import Progress, header
 from ._result import Result, median
@@ -27,6 +29,9 @@ COLD = 1 << 28
 CROWD = {"local": 256, "sim": 255}
 """Peers of one engine, where it has many; a simulated world has 256 NICs, the writer's included."""
 FEW = 2
+NIC_SECONDS = 1.0
+"""Of a run beside perftest, which takes long to start."""
+MESSAGES = 1024
 MIB = 1 << 20
 KIB = 1 << 10
 
@@ -59,16 +64,22 @@ class Target:
         return value <= self.bound * (1 + TOLERANCE)
 
 
-def check_targets() -> int:
-    """Measure all targets and print them; returns the exit status."""
-    for name, value in header("tcp", "targets, on local and tcp").items():
+def check_targets(provider: str) -> int:
+    """Measure all targets and print them; returns the exit status.
+
+    Args:
+        provider: "verbs" for those of two NICs of this machine; else those that need no NIC.
+    """
+    on_nics = provider == "verbs"
+    facts = header(*(("verbs", "targets") if on_nics else ("tcp", "targets, on local and tcp")))
+    for name, value in facts.items():
         if value:
             print(f"# {name}: {value}")
     print(f"{'target':<58}{'measured':>12}{'wanted':>14}  result")
     missed = 0
     progress = Progress()
     try:
-        for target in all_targets():
+        for target in verbs_targets() if on_nics else all_targets():
             progress.show(target.name)
             missed += not _check(target, progress)
     except KeyboardInterrupt:
@@ -120,18 +131,23 @@ def _ratios(
         return in_turns(ours.run, theirs.run, value)
 
 
-def in_turns(ours: Run, theirs: Run, value: Callable[[Result], float]) -> list[float]:
+def in_turns(
+    ours: Run,
+    theirs: Run,
+    value: Callable[[Result], float],
+    seconds: float = SLICE_SECONDS,
+) -> list[float]:
     """Run both by turns; returns ours divided by theirs for each pair."""
-    ours(SLICE_SECONDS)
-    theirs(SLICE_SECONDS)
+    ours(seconds)
+    theirs(seconds)
     ratios = []
     for turn in range(PAIRS):
         if turn % 2:
-            b = value(theirs(SLICE_SECONDS))
-            a = value(ours(SLICE_SECONDS))
+            b = value(theirs(seconds))
+            a = value(ours(seconds))
         else:
-            a = value(ours(SLICE_SECONDS))
-            b = value(theirs(SLICE_SECONDS))
+            a = value(ours(seconds))
+            b = value(theirs(seconds))
         ratios.append(a / b)
     return ratios
 
@@ -258,6 +274,46 @@ def latency_targets() -> Iterator[Target]:
         "local, immediates, pages of 8 B (C)", "M/s", 30.0, True, lambda: _rate("pages", 1024)
     )
     yield Target("tcp, 8 B there and back, p50, to libfabric", "x", 1.2, False, _tcp_round_trip)
+
+
+# ---- NICs ----
+
+
+def _two_nics() -> tuple[str, str]:
+    names = [nic.name for nic in list_nics("verbs")]
+    return names[0], names[-1 if len(names) == 1 else 1]
+
+
+def _against_perftest(
+    case: Case, nbytes: int, depth: int, value: Callable[[Result], float]
+) -> list[float]:
+    near, far = _two_nics()
+    theirs = WriteBandwidth(near, far, nbytes, depth)
+    with closing(Loopback(Set("verbs", nic=near), Set("verbs", nic=far))) as ours:
+        ours.set_up(case)
+        theirs.run(NIC_SECONDS)  # the first run only finds out how fast it is
+        return in_turns(ours.run, theirs.run, value, NIC_SECONDS)
+
+
+def verbs_targets() -> Iterator[Target]:
+    """Return the targets for two NICs of this machine, or one, beside perftest."""
+    for name, nbytes, depth in (
+        ("4 KiB", 4 * KIB, 128),
+        ("64 KiB", 64 * KIB, 64),
+        ("1 MiB", MIB, 16),
+    ):
+
+        def bandwidth(nbytes: int = nbytes, depth: int = depth) -> list[float]:
+            case = Case("write", nbytes, window=depth)
+            return _against_perftest(case, nbytes, depth, _bandwidth)
+
+        yield Target(f"verbs, {name}, to ib_write_bw", "x", 0.95, True, bandwidth)
+
+    def rate() -> list[float]:
+        case = Case("pages", 8, MESSAGES)
+        return _against_perftest(case, 8, 128, lambda one: one.nbytes / 8 / one.seconds)
+
+    yield Target("verbs, pages of 8 B: message rate to ib_write_bw", "x", 0.9, True, rate)
 
 
 # ---- many peers ----
