@@ -17,14 +17,9 @@ import msgpack
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
 from fabric import FabricError, InvalidArgument, TransferEngine, WireError
-from fabric.bench import OPS, Case
-from fabric.bench._burst import Burst
-=======
-from fabric import FabricError, InvalidArgument, WireError
 from fabric.bench import OPS, Case, _costs
->>>>>>> 7f7b854 (make bench: submission to the first work request, 2 to 256 peers, memory of an idle peer, queued pages, wakes of an event loop)
+from fabric.bench._burst import Burst
 from fabric.bench._case import paint, wrong_pages
 from fabric.bench._ends import Set
 from fabric.bench._link import MAX_BYTES, Link, listen
@@ -394,21 +389,21 @@ def test_the_mock_nic_is_what_times_a_submission_on_verbs() -> None:
 
 
 def test_an_event_loop_wakes_once_for_a_thousand_immediates() -> None:
-    with contextlib.closing(_costs.Rig()) as rig:
-        assert [_costs.wakes_of_fan_in(rig) for _ in range(5)] == [1] * 5
+    with contextlib.closing(_costs.Rig()) as rig, contextlib.closing(Burst()) as burst:
+        assert [_costs.wakes_of_fan_in(rig, burst) for _ in range(5)] == [1] * 5
 
 
 def test_wakes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event loop that is woken for each of two counters wakes up twice."""
     real = _costs._resumed
 
-    async def twice(rig: _costs.Rig) -> float:
-        await real(rig)
-        return await real(rig)
+    async def twice(rig: _costs.Rig, burst: Burst) -> float:
+        await real(rig, burst)
+        return await real(rig, burst)
 
     monkeypatch.setattr(_costs, "_resumed", twice)
-    with contextlib.closing(_costs.Rig()) as rig:
-        assert _costs.wakes_of_fan_in(rig) == 2
+    with contextlib.closing(_costs.Rig()) as rig, contextlib.closing(Burst()) as burst:
+        assert _costs.wakes_of_fan_in(rig, burst) == 2
 
 
 def test_pages_are_queued_behind_a_large_write(monkeypatch: pytest.MonkeyPatch) -> None:

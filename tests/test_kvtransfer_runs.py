@@ -287,7 +287,10 @@ def test_refusals_name_what_is_wrong() -> None:
     early = dataclasses.replace(SHARD, layers=2, layer_stride=0)
     late = dataclasses.replace(SHARD, first_layer=2, layers=2, layer_stride=0)
     refused("^layers: .* share none", early, late, [0, 1], [0, 1], span)
+    refused("^src_pages: a page is not an integer", SHARD, SHARD, [0.5, 1], [0, 1], span)
+    refused("^src_pages: 2 pages", SHARD, SHARD, [0, 1], [0, 1], Span(0, 1 << 30))  # and at once
     packed = dataclasses.replace(SHARD, tensor=dataclasses.replace(TENSOR, granule=4))
+    assert len(plan_runs(packed, packed, [0, 1], [0, 1], Span(7, 7))) == 0
     refused("^first: 2 is no multiple of the 4", packed, packed, [0, 1], [0, 1], Span(2, 8))
     refused("^cut: 6 is no multiple of 4", packed, packed, [0, 1], [0, 1], Span(0, 8, 6))
 
@@ -324,6 +327,13 @@ def test_a_tensor_that_cannot_be() -> None:
             dataclasses.replace(TENSOR, **{field: 0})  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match=r"^granule"):
         dataclasses.replace(TENSOR, granule=-1)
-    for bad in ((-1, 4), (5, 4)):
-        with pytest.raises(InvalidArgument, match=r"^first"):
+    for word, bad in (
+        ("first", (-1, 4)),
+        ("first", (5, 4)),
+        ("end", (0, np.uint8(4))),
+        ("end", (0, 1 << 40)),
+        ("cut", (0, 4, 1 << 63)),
+        ("cut", (0, 4, "a")),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{word}"):
             Span(*bad)

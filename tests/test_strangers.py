@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.harness import Farm, Node
+    from tests.node import State
 
 pytestmark = pytest.mark.only("tcp")
 
 LISTENS = "0A"
 SECONDS = 10.0
 NOISE = b"\xa5" * 512
+HALF = bytes.fromhex("03 00 00 08") + bytes(28)
+"""The head of libfabric's first message on a connection, which promises eight bytes more."""
 
 
 def sockets_of(pid: int) -> set[str]:
@@ -129,4 +134,45 @@ def test_more_strangers_than_anybody_has_patience_for(farm: Farm) -> None:
         b.thaw()
         b.call(commands.disconnect, a.address)
         assert all(is_over(stranger) for stranger in crowd)
+        both_ways(b, a, 2)
+
+
+def test_half_a_first_message(farm: Farm) -> None:
+    """Libfabric waits for the rest of it, with every lock."""
+    a, b = farm("a"), farm("b")
+    both_ways(a, b, 1)
+    with silent(b) as strangers:
+        for stranger in strangers.values():
+            stranger.sendall(HALF)
+        begin = time.monotonic()
+        both_ways(a, b, 2)
+        b.call(commands.disconnect, a.address)
+        both_ways(b, a, 3)
+        assert time.monotonic() - begin < patient(SECONDS / 2)
+
+
+def leave_no_descriptor(node: State) -> list[int]:
+    """Forbid this process to open one more file; returns the old limits."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open("/dev/null") as lowest:
+        free = lowest.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, old[1]))
+    return list(old)
+
+
+def restore_descriptors(node: State, old: list[int]) -> None:
+    """Take that back."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (old[0], old[1]))
+
+
+def test_no_descriptor_is_left_to_look_with(farm: Farm) -> None:
+    a, b = farm("a"), farm("b")
+    at_first = set(ports_of(b.pid))
+    both_ways(a, b, 1)
+    with silent(b) as strangers:
+        lanes = [stranger for at, stranger in strangers.items() if at not in at_first]
+        old = b.call(leave_no_descriptor)
+        b.call(commands.disconnect, a.address)
+        assert all(is_over(stranger) for stranger in lanes)
+        b.call(restore_descriptors, old)
         both_ways(b, a, 2)

@@ -164,19 +164,20 @@ class CountingSelector(selectors.DefaultSelector):
         self.own = frozenset(key.fd for key in registered.values())
 
 
-def wakes_of_fan_in(rig: Rig) -> int:
+def wakes_of_fan_in(rig: Rig, burst: Burst) -> int:
     """Return how often an event loop wakes up for a wait that many immediates fulfil."""
     selector = CountingSelector()
     with closing(asyncio.SelectorEventLoop(selector)) as loop:
         selector.keep(selector.get_map())
-        loop.run_until_complete(asyncio.wait_for(_resumed(rig), WAIT_SECONDS))
+        loop.run_until_complete(asyncio.wait_for(_resumed(rig, burst), WAIT_SECONDS))
         loop.run_until_complete(loop.shutdown_default_executor())
     return selector.wakes
 
 
 def _fan_in_wakes(rig: Rig) -> list[float]:
     """Return the worst of several: none may wake the loop twice."""
-    return [float(max(wakes_of_fan_in(rig) for _ in range(5 * ROUNDS)))]
+    with contextlib.closing(Burst()) as burst:
+        return [float(max(wakes_of_fan_in(rig, burst) for _ in range(5 * ROUNDS)))]
 
 
 def _fan_in(rig: Rig) -> list[float]:

@@ -7,6 +7,7 @@ runs, the one that waits counts them. The runs of one layer serve for every laye
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,15 +15,17 @@ import numpy.typing as npt
 
 from fabric import InvalidArgument
 
-from .shard import SEQUENCE, Shard
+from .shard import SEQUENCE, Shard, check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Offsets = npt.NDArray[np.int64]
 
-#: Most items that one plan may look at; a plan of a million takes about a second.
-MAX_ITEMS = 1 << 26
+#: Most pieces that one plan may look at; two million take about a second.
+MAX_ITEMS = 1 << 23
+
+MAX_TOKENS = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Span:
         end: the one after the last.
         cut: no run holds tokens of both sides of a multiple of `cut`, so that none waits for
             tokens far behind it; 0: they are never cut. Part of the request, as the number of
-            runs depends on it.
+            runs depends on it. A state is never cut.
     """
 
     first: int
@@ -42,10 +45,9 @@ class Span:
     cut: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first <= self.end:
-            raise InvalidArgument(f"first: {self.first} of {self.end} tokens")
-        if self.cut < 0:
-            raise InvalidArgument(f"cut: {self.cut} tokens")
+        check("end", self.end, 0, MAX_TOKENS)
+        check("first", self.first, 0, self.end)
+        check("cut", self.cut, 0, MAX_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Runs:
         src, dst: where each starts, in bytes from the layer's start; int64 arrays of one length.
         length: bytes of each; int64.
         ready: how many tokens of the sequence must be final before it is written; int64, never
-            falling. What a prefill of `n` tokens so far makes ready is
+            falling, at most `Span.end`: what lies behind that in the last granule goes along.
+            What a prefill of `n` tokens so far makes ready is
             ``np.searchsorted(ready, n, side="right")`` runs.
     """
 
@@ -105,9 +108,9 @@ def plan_runs(
             starts with what is wrong.
     """
     _check_pair(src, dst)
-    bounds = _segments(src, dst, span)
     _check_pages("src_pages", src, src_pages, span.end)
     _check_pages("dst_pages", dst, dst_pages, span.end)
+    bounds = _segments(src, dst, span)
     heads = _heads(src, dst, turn)
     if not len(heads) or not len(bounds):
         none = np.empty(0, np.int64)
@@ -134,6 +137,8 @@ def _check_pages(name: str, shard: Shard, pages: Sequence[int], end: int) -> Non
             f"{name}: {len(pages)} pages of {shard.page_tokens} tokens, where {end} tokens of "
             f"{shard.tensor.name} have {needed}"
         )
+    if not all(isinstance(page, numbers.Integral) for page in pages):
+        raise InvalidArgument(f"{name}: a page is not an integer")
     if needed and not 0 <= min(pages) <= max(pages) < shard.capacity:
         raise InvalidArgument(f"{name}: a page is not one of {shard.capacity}")
     if len(set(pages)) != len(pages):
@@ -150,8 +155,10 @@ def _heads(src: Shard, dst: Shard, turn: int) -> range:
 def _segments(src: Shard, dst: Shard, span: Span) -> Offsets:
     """Spans of tokens that lie together for each head on both sides: rows of (first, end)."""
     granule = src.tensor.granule
+    if span.first == span.end:
+        return np.empty((0, 2), np.int64)
     if granule == SEQUENCE:
-        return np.array([(0, 1)] if span.end > span.first else [], np.int64).reshape(-1, 2)
+        return np.array([(0, 1)], np.int64)
     if span.first % granule:
         raise InvalidArgument(
             f"first: {span.first} is no multiple of the {granule} tokens of {src.tensor.name} "
@@ -163,7 +170,7 @@ def _segments(src: Shard, dst: Shard, span: Span) -> Offsets:
     if src.token_major or dst.token_major:
         steps = [np.arange(span.first, end + 1)]
     else:
-        lengths = {src.page_tokens, dst.page_tokens, span.cut or end or 1}
+        lengths = {src.page_tokens, dst.page_tokens, span.cut or end}
         steps = [np.arange(span.first - span.first % n, end, n) for n in lengths]
         steps.append(np.array([span.first, end]))
     marks = np.unique(np.concatenate(steps).astype(np.int64))

@@ -24,7 +24,8 @@ BOUNDS = {
 MAX_REGION_BYTES = 1 << 56
 
 
-def _check(name: str, value: object, low: int, high: int) -> None:
+def check(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not an int from `low` to `high`."""
     if type(value) is not int or not low <= value <= high:
         raise InvalidArgument(f"{name}: must be an int from {low} to {high}, not {value!r}")
 
@@ -60,8 +61,8 @@ class CacheTensor:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "item_bytes", "parts"):
-            _check(name, getattr(self, name), 1, BOUNDS[name])
-        _check("granule", self.granule, 0, BOUNDS["granule"])
+            check(name, getattr(self, name), 1, BOUNDS[name])
+        check("granule", self.granule, 0, BOUNDS["granule"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +110,21 @@ class Shard:
         if not self.layers:
             object.__setattr__(self, "layers", self.tensor.layers - self.first_layer)
         for name in ("page_tokens", "capacity", "ranks", "layers"):
-            _check(name, getattr(self, name), 1, BOUNDS[name])
-        _check("rank", self.rank, 0, self.ranks - 1)
-        _check("first_layer", self.first_layer, 0, self.tensor.layers - self.layers)
+            check(name, getattr(self, name), 1, BOUNDS[name])
+        check("rank", self.rank, 0, self.ranks - 1)
+        check("first_layer", self.first_layer, 0, self.tensor.layers - self.layers)
         self._check_ranks()
         self._check_pages()
         if not self.layer_stride:
             object.__setattr__(self, "layer_stride", self.layer_bytes)
-        _check("layer_stride", self.layer_stride, self.layer_bytes, MAX_REGION_BYTES)
+        check("layer_stride", self.layer_stride, self.layer_bytes, MAX_REGION_BYTES)
         most = MAX_REGION_BYTES - self.layers * self.layer_stride
         if most < 0:
             raise InvalidArgument(
                 f"capacity: {self.layers} layers of {self.layer_stride} bytes are more than "
                 f"{MAX_REGION_BYTES}"
             )
-        _check("offset", self.offset, 0, most)
+        check("offset", self.offset, 0, most)
 
     def _check_ranks(self) -> None:
         heads = self.tensor.heads

@@ -3,7 +3,7 @@
  *   ofi_info.c    which NICs there are, and how to ask libfabric for one
  *   ofi_domain.c  domains and their completion queues: events in, in order
  *   ofi_port.c    endpoints, their receive buffers, and registered memory for frames
- *   ofi_pending.c connections that libfabric would still read from after their endpoint is closed
+ *   ofi_pending.c strangers that hold libfabric up, or that it reads once their endpoint is closed
  *   ofi_frame.c   control frames: queued, sent, received, answered to strangers
  *   ofi_event.c   what a completion means
  *   ofi_lane.c    lanes: open, connect, post, close
@@ -328,7 +328,9 @@ int ofi_port_open(struct ofi_port *port, struct ofi_domain *domain, struct ofi_l
 int ofi_port_receive(struct ofi_port *port, uint32_t recvs); /* posts that many buffers */
 /* Closes the endpoint; its memory stays until ofi_port_free(). */
 int ofi_port_shut(struct ofi_port *port);
-void ofi_pending_end(struct ofi_port *port); /* tcp: nothing accepted is left unread */
+/* tcp: whoever connects may not hold us up; and is let go of before the endpoint is. */
+void ofi_pending_begin(const struct ofi_port *port);
+void ofi_pending_end(struct ofi_port *port);
 void ofi_port_free(struct ofi_port *port);
 int ofi_port_recv(struct ofi_port *port, struct ofi_slot *slot);
 /* Splits a blob into token and address; false: it is none of ours. */
