@@ -20,6 +20,7 @@ item  type    what
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -102,7 +103,7 @@ class Descriptor:
         self._kind = kind
         self._keys = keys
         self._bytes: bytes | None = None
-        self._imports: tuple[_Import, ...] = ()
+        self._imports: list[_Import] = []
         self._last: tuple[Any, int] = (None, 0)  # a core's `ptr`, and the handle in that engine
 
     @property
@@ -226,19 +227,23 @@ class Descriptor:
     def _handle_in(self, core: Core) -> int:
         """Return the handle of this descriptor in an engine, which imports it on first use.
 
-        `_last` has the engine that asked last: a look at it takes a third of this call's time.
+        `_last` has the engine that asked last: a look at it takes a third of this call's time. It
+        is never stale: what a living engine imported stays in `_imports`.
         """
-        for imported in self._imports:
+        for imported in tuple(self._imports):
             if imported.core() is core:
                 self._last = core.ptr, imported.handle
                 return imported.handle
         with core.lock:
-            for imported in self._imports:  # another thread was faster
+            for imported in tuple(self._imports):  # another thread was faster
                 if imported.core() is core:
                     return imported.handle
             imported = _Import(core, self._import_into(core))
-            living = tuple(other for other in self._imports if other.core() is not None)
-            self._imports = (imported, *living)
+            self._imports.append(imported)  # one step: engines share no lock
+        for other in tuple(self._imports):
+            if other.core() is None:
+                with contextlib.suppress(ValueError):
+                    self._imports.remove(other)
         self._last = core.ptr, imported.handle
         return imported.handle
 

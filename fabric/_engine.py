@@ -563,9 +563,8 @@ class TransferEngine:
             EngineClosed: the engine is closed.
         """
         core = self._core
-        peer = core.peer(address)
         if deadline is None and type(imm) is int and 0 <= imm <= IMM_MAX:
-            handle = _imm(core.ptr, (peer,), 1, imm, 0, 0)
+            handle = _imm(core.ptr, (core.peer(address),), 1, imm, 0, 0)
             if handle == AT_ONCE and self._dispatcher is None:
                 return AtOnce()
             if handle >= 0:

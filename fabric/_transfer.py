@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._errors import (
     CLASSES,
@@ -56,6 +56,9 @@ class Transfer:
     _failure: dict[str, Any] | None
     _handle: int
     _outcome: int | None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a transfer belongs to its engine: it is neither copied nor pickled")
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the transfer is done.

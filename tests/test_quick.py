@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import copy
+import pickle
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -169,6 +173,33 @@ def test_a_descriptor_of_two_engines(pair: Pair) -> None:
             pair.counter.wait(pair.count, WAIT)
             assert (pair.dst.numpy()[:8] == turn).all()
             assert (pair.dst.numpy()[8:16] == pair.src.numpy()[:8]).all()
+
+
+def test_engines_that_meet_at_a_new_descriptor(pair: Pair) -> None:
+    """Each keeps what it imported, whoever else does so at the same moment."""
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(fabric.TransferEngine("local")) for _ in range(4)]
+        sources = [engine.alloc(8) for engine in engines]
+        for _ in range(20):
+            fresh = fabric.Descriptor.from_bytes(bytes(pair.d))
+            start = threading.Barrier(len(engines))
+
+            def write(i: int, fresh: fabric.Descriptor = fresh, start: threading.Barrier = start) -> None:
+                start.wait(WAIT)
+                for _ in range(3):
+                    engines[i].write(sources[i], fresh, length=8).wait(WAIT)
+
+            with concurrent.futures.ThreadPoolExecutor(len(engines)) as pool:
+                list(pool.map(write, range(len(engines))))
+            assert len(fresh._imports) == len(engines)
+
+
+def test_a_transfer_is_neither_copied_nor_pickled(pair: Pair) -> None:
+    transfer = pair.a.write(pair.src, pair.d, length=8)
+    for way in (copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="belongs to its engine"):
+            way(transfer)
+    transfer.wait(WAIT)
 
 
 def test_it_counts_in_the_statistics(pair: Pair) -> None:
