@@ -184,7 +184,9 @@ def test_engines_that_meet_at_a_new_descriptor(pair: Pair) -> None:
             fresh = fabric.Descriptor.from_bytes(bytes(pair.d))
             start = threading.Barrier(len(engines))
 
-            def write(i: int, fresh: fabric.Descriptor = fresh, start: threading.Barrier = start) -> None:
+            def write(
+                i: int, fresh: fabric.Descriptor = fresh, start: threading.Barrier = start
+            ) -> None:
                 start.wait(WAIT)
                 for _ in range(3):
                     engines[i].write(sources[i], fresh, length=8).wait(WAIT)
