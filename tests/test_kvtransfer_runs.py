@@ -265,9 +265,9 @@ def test_vllm_on_a_cpu_moves_blocks_whole() -> None:
 # ---- refusals
 
 
-def refused(word: str, *arguments: object, **keywords: object) -> None:
+def refused(word: str, *arguments: Any) -> None:
     with pytest.raises(InvalidArgument, match=word):
-        plan_runs(*arguments, **keywords)  # type: ignore[arg-type]
+        plan_runs(*arguments)
 
 
 def test_refusals_name_what_is_wrong() -> None:
@@ -289,6 +289,9 @@ def test_refusals_name_what_is_wrong() -> None:
     refused("^layers: .* share none", early, late, [0, 1], [0, 1], span)
     refused("^src_pages: a page is not an integer", SHARD, SHARD, [0.5, 1], [0, 1], span)
     refused("^src_pages: 2 pages", SHARD, SHARD, [0, 1], [0, 1], Span(0, 1 << 30))  # and at once
+    token_major = Shard(TENSOR, page_tokens=4096, capacity=4096, token_major=True)
+    pages = range(3000)
+    refused("^end: 12288000 pieces", token_major, token_major, pages, pages, Span(0, 3000 * 4096))
     packed = dataclasses.replace(SHARD, tensor=dataclasses.replace(TENSOR, granule=4))
     assert len(plan_runs(packed, packed, [0, 1], [0, 1], Span(7, 7))) == 0
     refused("^first: 2 is no multiple of the 4", packed, packed, [0, 1], [0, 1], Span(2, 8))
@@ -323,8 +326,9 @@ def test_a_shard_that_cannot_be(word: str, change: dict[str, Any]) -> None:
 
 def test_a_tensor_that_cannot_be() -> None:
     for field in ("layers", "heads", "item_bytes", "parts"):
+        change: dict[str, Any] = {field: 0}
         with pytest.raises(InvalidArgument, match=f"^{field}"):
-            dataclasses.replace(TENSOR, **{field: 0})  # type: ignore[arg-type]
+            dataclasses.replace(TENSOR, **change)
     with pytest.raises(InvalidArgument, match=r"^granule"):
         dataclasses.replace(TENSOR, granule=-1)
     for word, bad in (

@@ -9,7 +9,7 @@ import copy
 import pickle
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -148,14 +148,16 @@ def test_immediates(pair: Pair) -> None:
 def test_an_immediate_that_is_refused_says_why(pair: Pair) -> None:
     write_imm(pair).wait(WAIT)
     address = pair.b.address
-    for imm in (-1, 1 << 28, True, None, "7"):
+    wrong: tuple[Any, ...] = (-1, 1 << 28, True, None, "7")
+    for imm in wrong:
         with pytest.raises(fabric.InvalidArgument, match="imm"):
-            pair.a.write_imm(address, imm)  # type: ignore[arg-type]
+            pair.a.write_imm(address, imm)
     with pytest.raises(fabric.InvalidArgument, match="own"):
         pair.a.write_imm(pair.a.address, 1)
     with pytest.raises(fabric.InvalidArgument, match="deadline"):
         pair.a.write_imm(address, 1, deadline=-1)
-    pair.a.write_imm(address, np.int32(pair.counter.id), deadline=WAIT).wait(WAIT)  # type: ignore[arg-type]
+    of_numpy: Any = np.int32(pair.counter.id)
+    pair.a.write_imm(address, of_numpy, deadline=WAIT).wait(WAIT)
     pair.counter.wait(pair.count + 1, WAIT)
     pair.a.close(5)
     with pytest.raises(fabric.EngineClosed):

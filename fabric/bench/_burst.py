@@ -12,6 +12,7 @@ from .._engine import TransferEngine
 from .._errors import FabricError
 from .._peer import Address
 from ._link import Link, field
+from ._program import await_end
 
 END_SECONDS = 10.0
 """How long the process may take to end."""
@@ -52,11 +53,7 @@ class Burst:
         with contextlib.suppress(FabricError):
             self._link.send("bye")
         self._link.close()
-        try:
-            self._child.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        await_end(self._child, END_SECONDS)
 
 
 def serve() -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import selectors
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,7 +166,7 @@ class CountingSelector(selectors.DefaultSelector):
 def wakes_of_fan_in(rig: Rig, burst: Burst) -> int:
     """Return how often an event loop wakes up for a wait that many immediates fulfil."""
     selector = CountingSelector()
-    with closing(asyncio.SelectorEventLoop(selector)) as loop:
+    with contextlib.closing(asyncio.SelectorEventLoop(selector)) as loop:
         selector.keep(selector.get_map())
         loop.run_until_complete(asyncio.wait_for(_resumed(rig, burst), WAIT_SECONDS))
         loop.run_until_complete(loop.shutdown_default_executor())

@@ -15,6 +15,7 @@ from .._errors import FabricError
 from ._client import Client
 from ._ends import Set
 from ._link import Link
+from ._program import await_end
 from ._server import Server
 
 if TYPE_CHECKING:
@@ -83,11 +84,7 @@ class Loopback:
     def _stop(self) -> None:
         self._link.close()
         os.sched_setaffinity(0, self._cpus)
-        try:
-            self._child.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        await_end(self._child, END_SECONDS)
 
 
 def serve() -> None:

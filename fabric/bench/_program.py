@@ -71,6 +71,11 @@ class Program:
             p999_us=answer.get("p999_us"),
         )
 
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None: it has not ended."""
+        return self._process.poll()
+
     def resident(self) -> int:
         """Return the bytes of its memory that are there, those shared with others included.
 
@@ -89,11 +94,7 @@ class Program:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        await_end(self._process, END_SECONDS)
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()
@@ -117,6 +118,15 @@ class Program:
             return "it said no more, and did not end"
         lines = said.strip().splitlines()
         return lines[-1] if lines else f"it ended with status {self._process.returncode}"
+
+
+def await_end(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Wait so many seconds for a process that was told to end, then kill it."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def mock_nic() -> dict[str, str]:

@@ -29,6 +29,8 @@ COLD = 1 << 28
 CROWD = {"local": 256, "sim": 255}
 """Peers of one engine, where it has many; a simulated world has 256 NICs, the writer's included."""
 FEW = 2
+NAMES = 58
+"""Width of the column of names."""
 NIC_SECONDS = 1.0
 """Of a run beside perftest, which takes long to start."""
 MESSAGES = 1024
@@ -75,7 +77,7 @@ def check_targets(provider: str) -> int:
     for name, value in facts.items():
         if value:
             print(f"# {name}: {value}")
-    print(f"{'target':<58}{'measured':>12}{'wanted':>14}  result")
+    print(f"{'target':<{NAMES}}{'measured':>12}{'wanted':>14}  result")
     missed = 0
     progress = Progress()
     try:
@@ -101,14 +103,13 @@ def _check(target: Target, progress: Progress) -> bool:
         value = median(target.measure())
     except FabricError as error:
         progress.show("")
-        print(f"{target.name:<58}{'-':>12}{'':>14}  not measured: {error}")
+        print(f"{target.name:<{NAMES}}{'-':>12}{'':>14}  not measured: {error}")
         return False
     progress.show("")
     good = target.met(value)
     wanted = f"{'>=' if target.more else '<='} {target.bound:g} {target.unit}"
-    print(
-        f"{target.name:<58}{value:>9.3f} {target.unit:<2}{wanted:>14}  {'ok' if good else 'MISSED'}"
-    )
+    verdict = "ok" if good else "MISSED"
+    print(f"{target.name:<{NAMES}}{value:>9.3f} {target.unit:<2}{wanted:>14}  {verdict}")
     sys.stdout.flush()
     return good
 

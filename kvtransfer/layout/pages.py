@@ -9,6 +9,8 @@ import msgpack
 
 from fabric import InvalidArgument
 
+from ._check import check
+
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -53,9 +55,7 @@ class KvLayout:
 
     def __post_init__(self) -> None:
         for name, bound in BOUNDS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= bound:
-                raise InvalidArgument(f"{name}: must be an int from 1 to {bound}, not {value!r}")
+            check(name, getattr(self, name), 1, bound)
         if self.dtype not in ITEM_BYTES:
             raise InvalidArgument(
                 f"dtype: must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r}"

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from fabric import InvalidArgument
 
-from .shard import SEQUENCE, Shard, check
+from ._check import check
+from .shard import SEQUENCE, Shard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ Offsets = npt.NDArray[np.int64]
 #: Most pieces that one plan may look at; two million take about a second.
 MAX_ITEMS = 1 << 23
 
+#: Longest sequence; far beyond what fits into `MAX_ITEMS`.
 MAX_TOKENS = 1 << 31
 
 
@@ -167,15 +169,20 @@ def _segments(src: Shard, dst: Shard, span: Span) -> Offsets:
     if span.cut % granule:
         raise InvalidArgument(f"cut: {span.cut} is no multiple of {granule} tokens")
     end = -(-span.end // granule) * granule  # what is in the last granule behind the end goes along
+    lengths = {src.page_tokens, dst.page_tokens, span.cut or end}
     if src.token_major or dst.token_major:
-        steps = [np.arange(span.first, end + 1)]
-    else:
-        lengths = {src.page_tokens, dst.page_tokens, span.cut or end}
-        steps = [np.arange(span.first - span.first % n, end, n) for n in lengths]
-        steps.append(np.array([span.first, end]))
+        lengths = {1}
+    _check_count(sum((end - span.first) // n for n in lengths))
+    steps = [np.arange(span.first - span.first % n, end, n) for n in lengths]
+    steps.append(np.array([span.first, end]))
     marks = np.unique(np.concatenate(steps).astype(np.int64))
     marks = marks[(marks >= span.first) & (marks <= end)]
     return np.stack([marks[:-1], marks[1:]], axis=1)
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_ITEMS:
+        raise InvalidArgument(f"end: {count} pieces in a layer, more than {MAX_ITEMS}")
 
 
 def _items(
@@ -191,9 +198,7 @@ def _items(
     # Only where both have a token's heads together does more than one of them go at once.
     group = len(heads) if src.token_major and dst.token_major else 1
     units = np.arange(heads[0], heads[-1] + 1, group)
-    count = src.tensor.parts * len(units) * len(bounds)
-    if count > MAX_ITEMS:
-        raise InvalidArgument(f"end: {count} pieces in a layer, more than {MAX_ITEMS}")
+    _check_count(src.tensor.parts * len(units) * len(bounds))
     offsets = []
     for shard, pages in ((src, src_pages), (dst, dst_pages)):
         index = np.asarray(pages, np.int64)

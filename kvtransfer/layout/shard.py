@@ -6,6 +6,8 @@ import dataclasses
 
 from fabric import InvalidArgument
 
+from ._check import check
+
 #: Granule of a tensor that has one item for a whole sequence, however long: the state of a
 #: recurrent or linear-attention layer.
 SEQUENCE = 0
@@ -22,12 +24,6 @@ BOUNDS = {
     "capacity": 1 << 30,
 }
 MAX_REGION_BYTES = 1 << 56
-
-
-def check(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not an int from `low` to `high`."""
-    if type(value) is not int or not low <= value <= high:
-        raise InvalidArgument(f"{name}: must be an int from {low} to {high}, not {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)

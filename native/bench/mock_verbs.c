@@ -115,7 +115,9 @@ static void carry_out(struct mock_qp *qp, const struct ibv_send_wr *wr)
     must(number && number < qp_count, "no such queue pair");
     struct mock_qp *to = qps[number];
     struct ibv_wc wc = {.wr_id = wr->wr_id, .qp_num = qp->base.qp_num};
-    if (wr->opcode == IBV_WR_SEND) {
+    if (!to) { /* destroyed: nobody acknowledges, which a datagram does not wait for */
+        wc.status = is_ud ? IBV_WC_SUCCESS : IBV_WC_RETRY_EXC_ERR;
+    } else if (wr->opcode == IBV_WR_SEND) {
         wc.opcode = IBV_WC_SEND;
         take_receive(to, wr, is_ud ? GRH : 0, IBV_WC_RECV);
     } else {
@@ -124,7 +126,7 @@ static void carry_out(struct mock_qp *qp, const struct ibv_send_wr *wr)
         if (wr->opcode == IBV_WR_RDMA_WRITE_WITH_IMM)
             take_receive(to, wr, 0, IBV_WC_RECV_RDMA_WITH_IMM);
     }
-    if (wr->send_flags & IBV_SEND_SIGNALED)
+    if ((wr->send_flags & IBV_SEND_SIGNALED) || wc.status != IBV_WC_SUCCESS)
         complete(qp->base.send_cq, &wc);
 }
 
@@ -455,7 +457,9 @@ int ibv_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask)
 
 int ibv_destroy_qp(struct ibv_qp *qp)
 {
-    (void)qp;
+    pthread_mutex_lock(&data_path);
+    qps[qp->qp_num] = NULL;
+    pthread_mutex_unlock(&data_path);
     return 0;
 }
 

@@ -4,9 +4,9 @@
  * and takes a while to speak, a peer that was stopped or a stranger, makes use of what that leaves open:
  *
  * - What it keeps in between points at the endpoint, also once that is closed: the message then ends in
- *   memory that was freed (prov/net in 1.17, prov/tcp later; "TODO: We need to abort any outstanding
- *   active connection requests" in its own xnet_pep_close(), mended by ofiwg/libfabric pull request
- *   12709). So before an endpoint is closed, nobody is let in any more, and who has not spoken is dropped.
+ *   memory that was freed (xnet_pep_close() in prov/net of 1.17, in prov/tcp later; mended by
+ *   ofiwg/libfabric pull request 12709). So before an endpoint is closed, nobody is let in any more, and
+ *   who has not spoken is dropped.
  * - It reads with a blocking recv(): half a message stops the thread, with all its locks. So what is
  *   accepted inherits a time limit.
  *
@@ -35,6 +35,7 @@
 #define TURNS 64 /* looks at one endpoint, */
 #define PATIENT \
     48 /* so many of them before its listening socket is shut down, which logs a warning */
+#define FORGOTTEN 4   /* looks after which who is still unread is none that libfabric will read */
 #define MOST_FILES 65536 /* that are looked at where /proc cannot be */
 #define HALF_MESSAGE_US 4000 /* how long the rest of a first message may take */
 #define KERNEL_CLOSED 7      /* TCP_CLOSE and TCP_LISTEN of the kernel, which no header for */
@@ -199,6 +200,7 @@ void ofi_pending_end(struct ofi_port *port)
 {
     struct sockaddr_storage own;
     uint32_t unread = UINT32_MAX;
+    int same = 0; /* looks that found no fewer of them than the one before */
 
     if (!address_of(port, &own))
         return;
@@ -211,7 +213,8 @@ void ofi_pending_end(struct ofi_port *port)
         if (ofi_domain_full(port->domain))
             (void)ofi_handle_queued(port->domain, OFI_BATCH);
         (void)ofi_domain_read(port->domain);
-        if (turn > 0 && !seen.waiting && !seen.ended && (!seen.unread || seen.unread >= unread))
+        same = seen.unread < unread ? 0 : same + 1;
+        if (turn > 0 && !seen.waiting && !seen.ended && (!seen.unread || same == FORGOTTEN))
             return;
         unread = seen.unread;
     }
