@@ -131,6 +131,12 @@ struct ofi_kind {
     int (*after_enable)(struct ofi_nic *nic, struct fid_ep *ep);
 };
 
+/* The native RDM provider over TCP: software, whose work is done by reading a queue. */
+static inline bool ofi_is_tcp(const struct ofi_kind *kind)
+{
+    return kind->lane_endpoints && !kind->lane_queues;
+}
+
 enum ofi_slot_kind { OFI_WRITE = 1, OFI_SEND, OFI_RECV, OFI_REPLY, OFI_BREAK };
 
 /* One operation's context: libfabric hands it back with the completion. */

@@ -57,8 +57,7 @@ static int open_queue(struct ofi_domain *domain, bool waits, struct fid_cq **out
  * the domain's sockets. Elsewhere the queue's own fd is the one that an interrupt raises. */
 static int open_queues(struct ofi_domain *domain)
 {
-    const struct ofi_kind *kind = domain->nic->kind;
-    bool software = kind->lane_endpoints && !kind->lane_queues;
+    bool software = ofi_is_tcp(domain->nic->kind);
     int rc = open_queue(domain, !software, &domain->cq);
 
     if (software)

@@ -113,12 +113,6 @@ static int open_endpoint(struct ofi_port *port)
     return rc;
 }
 
-/* The native RDM provider over TCP. */
-static bool is_tcp(const struct ofi_kind *kind)
-{
-    return kind->lane_endpoints && !kind->lane_queues;
-}
-
 int ofi_port_open(struct ofi_port *port, struct ofi_domain *domain, struct ofi_lane *lane)
 {
     const struct ofi_kind *kind = domain->nic->kind;
@@ -135,7 +129,7 @@ int ofi_port_open(struct ofi_port *port, struct ofi_domain *domain, struct ofi_l
                       rc);
     else if (kind->after_enable)
         rc = kind->after_enable(domain->nic, port->ep); /* has its own text */
-    if (rc == 0 && is_tcp(kind))
+    if (rc == 0 && ofi_is_tcp(kind))
         ofi_pending_begin(port);
     if (rc) {
         (void)ofi_port_shut(port);
@@ -158,7 +152,7 @@ int ofi_port_receive(struct ofi_port *port, uint32_t recvs)
 
 int ofi_port_shut(struct ofi_port *port)
 {
-    if (port->ep && is_tcp(port->domain->nic->kind))
+    if (port->ep && ofi_is_tcp(port->domain->nic->kind))
         ofi_pending_end(port);
     int rc = port->ep ? fi_close(&port->ep->fid) : 0;
 
